@@ -1,0 +1,56 @@
+# The two commands: `make demo` and `make test`. Both install what is missing and are safe to run again.
+
+PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help install demo test check unit bench soak clean
+
+help:
+	@echo "make demo     set up all, run a training job on 2 of 8 GPUs (stand-ins where there are none)"
+	@echo "make test     set up all, run the whole suite"
+	@echo "make install  make $(BIN)/gpujobs"
+	@echo "make check    lint, types, import rules, unit tests (under a minute)"
+	@echo "make bench    the benchmarks"
+	@echo "make soak     the long forms of the random runs"
+
+install: $(VENV)/.installed gpujobs/init/gpujobs-init
+
+$(VENV)/.installed: requirements.lock pyproject.toml setup.py
+	@sh scripts/prerequisites
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+gpujobs/init/gpujobs-init: gpujobs/init/gpujobs-init.c $(VENV)/.installed
+	test $@ -nt $< || $(BIN)/python setup.py --quiet build_init
+	@touch $@
+
+demo: install
+	$(BIN)/python -m tests.lab.demo
+
+test: install
+	$(BIN)/python -m tests.lab up
+	$(PYTEST)
+
+unit: install
+	$(PYTEST) tests/unit tests/arch
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) -q tests/unit tests/arch
+
+bench: install
+	$(BIN)/python -m tests.lab up
+	$(BIN)/python -m bench.launch
+
+soak: install
+	$(BIN)/python -m tests.lab up
+	GPUJOBS_SOAK=1 $(PYTEST) tests/e2e
+
+clean:
+	rm -rf $(VENV) build gpujobs/init/gpujobs-init *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,335 @@
+"""The Docker Engine: short calls on a bounded pool, each thread with a client of its own.
+
+Long streams (events, logs) are in :mod:`gpujobs.adapters.streams`. What may be asked of the Engine is what the
+methods here ask; nothing passes through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import docker
+import requests
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+
+from gpujobs.core.container import Image
+from gpujobs.core.errors import InvalidInput, Refused, Unavailable
+from gpujobs.core.reconcile import Seen
+
+T = TypeVar("T")
+
+CALL_SECONDS = 60
+"""The limit of one call; a pull has one of its own. An Engine that hangs must not hang us."""
+
+THREADS = 8
+
+_CAP_SYS_RESOURCE = 24
+_LIMITS = {"memlock": "Max locked memory", "stack": "Max stack size", "core": "Max core file size",
+           "nofile": "Max open files", "nproc": "Max processes"}  # fmt: skip
+
+
+class EngineError(Exception):
+    """The Engine answered that it will not: its own sentence."""
+
+
+class Gone(EngineError):
+    """There is no such container or image."""
+
+
+class Conflict(EngineError):
+    """The name is taken, or the container is in another state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What is known of the Engine.
+
+    Attributes:
+        id: Its own lasting id.
+        runtimes: The names of its OCI runtimes.
+        cgroup: 1 or 2.
+        memory: Bytes of the machine.
+    """
+
+    id: str
+    version: str
+    api: str
+    runtimes: tuple[str, ...]
+    cgroup: int
+    cpus: int
+    memory: int
+    root: str
+
+
+def default_host(environ: Mapping[str, str]) -> str:
+    """DOCKER_HOST, or the usual socket."""
+    return environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+
+
+class Engine:
+    """The Engine at one address.
+
+    Args:
+        host: ``unix://PATH`` or ``tcp://HOST:PORT``.
+
+    Raises:
+        InvalidInput: The address is of another kind.
+    """
+
+    def __init__(self, host: str) -> None:
+        if not host.startswith(("unix://", "tcp://")):
+            raise InvalidInput(
+                f"DOCKER_HOST={host}: gpujobs reaches the Engine of this machine only",
+                hint="Use unix:///var/run/docker.sock, or unset DOCKER_HOST.",
+            )
+        self.host = host
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="engine")
+
+    def client(self) -> docker.APIClient:
+        """This thread's client.
+
+        Raises:
+            Unavailable: No Engine answers there.
+        """
+        if not hasattr(self._local, "client"):
+            try:
+                self._local.client = docker.APIClient(base_url=self.host, version="auto", timeout=CALL_SECONDS)
+            except DockerException as error:
+                raise unreachable(self.host, error) from error
+        return self._local.client  # type: ignore[no-any-return]
+
+    async def call(self, action: Callable[[docker.APIClient], T]) -> T:
+        """Run a short call on the pool.
+
+        Raises:
+            Gone: What it is about is not there.
+            Conflict: The name is taken.
+            EngineError: The Engine refused.
+            Unavailable: The Engine did not answer.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._call, action)
+
+    def _call(self, action: Callable[[docker.APIClient], T]) -> T:
+        try:
+            return action(self.client())
+        except (NotFound, ImageNotFound) as error:
+            raise Gone(explanation(error)) from error
+        except APIError as error:
+            if error.status_code == 409:
+                raise Conflict(explanation(error)) from error
+            raise EngineError(explanation(error)) from error
+        except (DockerException, requests.RequestException, OSError) as error:
+            raise unreachable(self.host, error) from error
+
+    def close(self) -> None:
+        """Stop the pool; calls under way end by themselves."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def info(self) -> EngineInfo:
+        """Who the Engine is."""
+        data = await self.call(lambda client: client.info())
+        return EngineInfo(
+            id=str(data.get("ID") or ""),
+            version=str(data.get("ServerVersion", "")),
+            api=str(await self.call(lambda client: client.api_version)),
+            runtimes=tuple(sorted(data.get("Runtimes") or {})),
+            cgroup=2 if str(data.get("CgroupVersion", "1")) == "2" else 1,
+            cpus=int(data.get("NCPU", 0)),
+            memory=int(data.get("MemTotal", 0)),
+            root=str(data.get("DockerRootDir", "")),
+        )
+
+    def ceilings(self) -> dict[str, int]:
+        """The hard resource limits that the Engine cannot raise: empty where it can raise all of them.
+
+        An Engine without CAP_SYS_RESOURCE (inside some sandboxes) fails to start a container that asks for more
+        than it has itself. Its process is the peer of its socket; over TCP it cannot be told.
+        """
+        path = self.host.removeprefix("unix://")
+        if path == self.host:
+            return {}
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(path)
+            pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+            limits = Path(f"/proc/{pid}/limits").read_text()
+        except OSError:
+            return {}
+        effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+        if effective is None or int(effective[1], 16) >> _CAP_SYS_RESOURCE & 1:
+            return {}
+        found = {name: re.search(rf"^{words}\s+\S+\s+(\S+)", limits, re.MULTILINE) for name, words in _LIMITS.items()}
+        return {
+            name: int(match[1]) for name, match in found.items() if match is not None and match[1] != "unlimited"
+        }
+
+    async def image(self, reference: str) -> Image:
+        """An image that is there.
+
+        Raises:
+            Gone: It is not there.
+        """
+        data = await self.call(lambda client: client.inspect_image(reference))  # type: ignore[no-untyped-call]
+        return image_of(reference, data)
+
+    async def pull(self, reference: str) -> Image:
+        """Fetch an image from its registry.
+
+        Raises:
+            Refused: The registry has no such image, or does not let us have it.
+            Unavailable: The registry or the Engine cannot be reached.
+        """
+
+        def pull(client: docker.APIClient) -> None:
+            name, tag = split_reference(reference)
+            for event in client.pull(name, tag=tag, stream=True, decode=True):
+                if "error" in event:
+                    raise EngineError(str(event["error"]))
+
+        try:
+            await self.call(pull)
+        except EngineError as error:
+            raise Refused(f"the image {reference} could not be pulled: {error}",
+                          hint="Check its name and tag, or load it into the Engine.") from error  # fmt: skip
+        return await self.image(reference)
+
+    async def create(self, name: str, request: Mapping[str, Any]) -> str:
+        """Make a container; returns its id.
+
+        Raises:
+            Conflict: A container of that name is there.
+            EngineError: The Engine refused the request.
+        """
+        made = await self.call(lambda client: client.create_container_from_config(dict(request), name=name))  # type: ignore[no-untyped-call]
+        return str(made["Id"])
+
+    async def start(self, container: str) -> None:
+        """Start a created container.
+
+        Raises:
+            EngineError: Its runtime refused; the sentence is the runtime's.
+        """
+        await self.call(lambda client: client.start(container))
+
+    async def inspect(self, container: str) -> dict[str, Any]:
+        """Everything the Engine knows of a container."""
+        return await self.call(lambda client: client.inspect_container(container))
+
+    async def kill(self, container: str, signal: str) -> None:
+        """Send a signal to a container's first process; nothing happens where it has ended."""
+        try:
+            await self.call(lambda client: client.kill(container, signal))
+        except (Gone, Conflict):
+            return
+
+    async def remove(self, container: str) -> None:
+        """Remove a container and its anonymous volumes; nothing happens where it is gone."""
+        try:
+            await self.call(lambda client: client.remove_container(container, v=True, force=True))
+        except Gone:
+            return
+        except Conflict:  # its removal is under way
+            return
+
+    async def containers(self) -> list[Seen]:
+        """Every container, inspected: what it holds is only in there."""
+
+        def collect(client: docker.APIClient) -> list[Seen]:
+            found = []
+            for row in client.containers(all=True):
+                try:
+                    found.append(seen_of(client.inspect_container(row["Id"])))
+                except NotFound:
+                    continue
+            return found
+
+        return await self.call(collect)
+
+    async def probe(self, container: str, devices: str) -> str:
+        """Run the init's device probe as root inside a container: for servers that are not root themselves."""
+
+        def run(client: docker.APIClient) -> str:
+            command = ["/.gpujobs/init", "probe", "--dir", "/dev", devices]
+            made = client.exec_create(container, command, user="0:0", privileged=True, stderr=False)
+            return bytes(client.exec_start(made["Id"])).decode("ascii", "replace")
+
+        return await self.call(run)
+
+
+def unreachable(host: str, error: Exception) -> Unavailable:
+    """The sentence for an Engine that does not answer."""
+    if isinstance(error, PermissionError) or "Permission denied" in str(error):
+        return Unavailable(
+            f"this account (uid {os.getuid()}) may not use the Docker Engine at {host}",
+            hint="Use a gpujobs server that the administrator runs, or ask for access to Docker.",
+        )
+    return Unavailable(
+        f"the Docker Engine at {host} does not answer", hint="Is dockerd running? Start it: `systemctl start docker`."
+    )
+
+
+def explanation(error: APIError) -> str:
+    """The Engine's own sentence, without docker-py's wrapping."""
+    return str(error.explanation or error).strip()
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """An image's name and its tag or digest."""
+    name, at, digest = reference.partition("@")
+    if at:
+        return name, digest
+    head, colon, tag = name.rpartition(":")
+    return (head, tag) if colon and "/" not in tag else (name, "latest")
+
+
+def image_of(reference: str, data: Mapping[str, Any]) -> Image:
+    """The image of an inspect answer."""
+    config = data.get("Config") or {}
+    digests = data.get("RepoDigests") or []
+    return Image(
+        id=str(data["Id"]),
+        reference=reference,
+        digest=str(digests[0]) if digests else None,
+        entrypoint=tuple(config.get("Entrypoint") or ()),
+        command=tuple(config.get("Cmd") or ()),
+        environment=tuple(config.get("Env") or ()),
+        working_dir=str(config.get("WorkingDir") or ""),
+        stop_signal=config.get("StopSignal") or None,
+        labels=tuple(sorted(config.get("Labels") or {})),
+    )
+
+
+def seen_of(data: Mapping[str, Any]) -> Seen:
+    """What reconciliation needs of an inspect answer."""
+    config, host = data.get("Config") or {}, data.get("HostConfig") or {}
+    variables = dict(entry.partition("=")[::2] for entry in config.get("Env") or [])
+    requests_ = [
+        (int(request.get("Count") or 0), tuple(request.get("DeviceIDs") or ()))
+        for request in host.get("DeviceRequests") or []
+        if request.get("Driver") in ("", "nvidia", None)
+        or any("gpu" in group for group in request.get("Capabilities") or [])
+    ]
+    return Seen(
+        id=str(data["Id"]),
+        name=str(data["Name"]).removeprefix("/"),
+        state=str(data["State"]["Status"]),
+        labels=dict(config.get("Labels") or {}),
+        runtime=str(host.get("Runtime") or "runc"),
+        visible=variables.get("NVIDIA_VISIBLE_DEVICES"),
+        cuda_image="CUDA_VERSION" in variables,
+        devices=tuple(str(device.get("PathOnHost")) for device in host.get("Devices") or []),
+        requests=tuple(requests_),
+        image=str(config.get("Image") or ""),
+    )

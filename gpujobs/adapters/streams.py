@@ -1,0 +1,532 @@
+"""Long streams from the Docker Engine, each one socket of the event loop: its events, and containers' logs.
+
+A log is complete whatever is killed on the way, and this is how. Engine 20.10's ``follow`` silently skips
+whole files when its log is rotated faster than it is read (seen: 111 of 424 MB arrived from a writer at full
+speed); a read without ``follow`` never does, as it holds all files open. So a log is read in turns:
+
+1. A *snapshot* (no ``follow``) is laid over what is stored (`gpujobs.adapters.logalign`), and what is new is
+   appended; where the stored end turns out to lack something, it is cut and written again.
+2. When a snapshot brings little news, ``follow`` shows what is written live, up to `FOLLOW_BYTES`: less than
+   one of the Engine's files. Then, and when the stream ends, comes a snapshot, which finds what was skipped.
+
+A writer faster than this reader is read by snapshots alone; what the Engine has dropped before it could be read
+is marked in the log as a gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from gpujobs.adapters.logalign import INDEX_RECORDS, Aligner, Index, State, index
+from gpujobs.adapters.logfile import LogWriter
+from gpujobs.core import errors
+from gpujobs.logwire import LogRecord
+
+logger = logging.getLogger(__name__)
+
+API = "/v1.41"
+"""The oldest Engine API that has all we ask for: Engine 20.10."""
+
+_MAX_SIZE, _MAX_FILE = 32, 8
+LOG_CONFIG: Mapping[str, object] = {
+    "Type": "local",
+    "Config": {"max-size": f"{_MAX_SIZE}m", "max-file": str(_MAX_FILE), "compress": "false"},
+}
+"""``HostConfig.LogConfig`` of every container: at least 224 MB of what was written last can be read again.
+
+100 MB in 80-byte lines are 134 MB in the Engine's files. Not compressed: of compressed files Engine 20.10
+leaves out all but the newest ones as soon as the oldest lies before ``since``, and it unpacks every one of
+them for each read.
+"""
+
+_WINDOW = (_MAX_FILE - 1) * _MAX_SIZE * 1_000_000
+_ENGINE_OVERHEAD = 28
+"""Bytes that the Engine's file holds for each message beyond its text (107 bytes for 79, measured)."""
+
+FOLLOW_BYTES = 16 << 20
+"""Bytes taken from one ``follow`` before a snapshot checks them: half of one of the Engine's files."""
+_FOLLOW_MESSAGES = INDEX_RECORDS * 5 // 6
+_CAUGHT_UP = 1 << 20
+"""A snapshot with less news than this has caught up with the writer."""
+_OVERLAP = 64 << 10
+_OVERLAP_MESSAGES = 4096
+_ALL_MESSAGES = 8_000_000
+
+_RECEIVE = 256 << 10
+_BUSY = 2 << 10
+_PAUSE = 0.001
+"""Seconds. The Engine sends each line by a write of its own; while it is busy, a pause before each read lets the
+socket's buffer fill: one wake-up for some hundred lines instead of one for each."""
+_ANSWER_SECONDS = 60.0
+_SILENCE_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvent:
+    """Something that happened in the Engine: a hint to look, the truth is what inspecting says.
+
+    Attributes:
+        time_ns: When, in ns since the epoch, by the Engine's clock.
+        type: ``container``, ``volume``, ``network``, ``image`` …
+        action: ``die``, ``start``, ``destroy``, ``oom`` …
+        id: Of the container, or the name of the volume or network.
+        attributes: Labels and, for ``die``, ``exitCode``.
+    """
+
+    time_ns: int
+    type: str
+    action: str
+    id: str
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The Engine does not answer; it is tried again until `Reconnected`."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnected:
+    """The Engine answers again: events may have been missed, so list and inspect."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogEnd:
+    """A container's log has come to its end.
+
+    Attributes:
+        gone: The container was removed before its end had been read: the end may be missing.
+        gaps: Gap records that were written by this call.
+    """
+
+    gone: bool
+    gaps: int
+
+
+class _NotFound(Exception):  # noqa: N818 - an answer, not an error
+    """The Engine knows no such container."""
+
+
+def parse_host(host: str) -> str | tuple[str, int]:
+    """Returns the socket's path or (name, port) of a ``DOCKER_HOST``.
+
+    Raises:
+        InvalidInput: It is neither ``unix:///path`` nor ``tcp://host:port``.
+    """
+    hint = "Use unix:///path or tcp://host:port (without TLS)."
+    try:
+        parts = urlsplit(host)
+        port = parts.port
+    except ValueError as error:
+        raise errors.InvalidInput(f"DOCKER_HOST={host}: {error}", hint=hint) from error
+    if parts.scheme == "unix" and not parts.netloc and parts.path:
+        return parts.path
+    if parts.scheme == "tcp" and parts.hostname and port and parts.path in ("", "/"):
+        return parts.hostname, port
+    raise errors.InvalidInput(f"DOCKER_HOST={host} is of a kind that is not supported here", hint=hint)
+
+
+class _Backoff:
+    """Waits longer each time, up to 5 s."""
+
+    def __init__(self) -> None:
+        self._next = 0.1
+
+    def reset(self) -> None:
+        self._next = 0.1
+
+    async def wait(self) -> None:
+        await asyncio.sleep(self._next)
+        self._next = min(self._next * 2, 5.0)
+
+
+class _Answer:
+    """One GET and its body as it comes; HTTP/1.0, so the body is not chunked and ends with the connection."""
+
+    def __init__(self, address: str | tuple[str, int]) -> None:
+        self._address = address
+        self._socket: socket.socket | None = None
+        self._first = b""
+        self._pause = False
+
+    async def open(self, path: str, **query: str | int) -> None:
+        """Sends the request and reads the answer's head.
+
+        Raises:
+            OSError: No connection, no answer in time, or another status than 200.
+            _NotFound: Status 404.
+        """
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            if isinstance(self._address, str):
+                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self._socket.setblocking(False)
+                await loop.sock_connect(self._socket, self._address)
+            else:
+                name, port = self._address
+                found = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+                self._socket = socket.socket(found[0][0], socket.SOCK_STREAM)
+                self._socket.setblocking(False)
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                await loop.sock_connect(self._socket, found[0][4])
+            target = f"{API}{path}" + (f"?{urlencode(query)}" if query else "")
+            await loop.sock_sendall(self._socket, f"GET {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+            head = b""
+            while b"\r\n\r\n" not in head:
+                data = await loop.sock_recv(self._socket, _RECEIVE)
+                if not data or len(head) > _RECEIVE:
+                    raise ConnectionError("the Engine ended the connection without an answer")
+                head += data
+            head, _, self._first = head.partition(b"\r\n\r\n")
+            status = head.split(b" ", 2)[1:2]
+            if status != [b"200"]:
+                text = self._first.decode(errors="replace").strip()
+                if status == [b"404"]:
+                    raise _NotFound(text)
+                raise ConnectionError(f"the Engine answered {head.splitlines()[0]!r}: {text}")
+
+    async def receive(self) -> bytes:
+        """The next bytes of the body; empty at its end."""
+        if self._first:
+            data, self._first = self._first, b""
+            return data
+        assert self._socket is not None
+        if self._pause:
+            await asyncio.sleep(_PAUSE)
+        data = await asyncio.get_running_loop().sock_recv(self._socket, _RECEIVE)
+        self._pause = len(data) >= _BUSY
+        return data
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+
+async def engine_events(
+    host: str, since: float, filters: Mapping[str, list[str]]
+) -> AsyncIterator[EngineEvent | Disconnected | Reconnected]:
+    """Yields what happens in the Engine until it is cancelled or closed; outlives restarts of the Engine.
+
+    Args:
+        host: ``DOCKER_HOST``.
+        since: From when, in seconds since the epoch; the Engine remembers its last 256 events.
+        filters: As of the Engine's API, such as ``{"type": ["container"], "label": ["gpujobs.server"]}``.
+
+    Yields:
+        Events, except those of exec; `Disconnected` once when the Engine goes, `Reconnected` when it is back.
+
+    Raises:
+        InvalidInput: The host.
+    """
+    address = parse_host(host)
+    last_ns = int(since * 1e9)
+    seen: set[tuple[int, str, str]] = set()
+    connected, backoff = True, _Backoff()
+    while True:
+        answer = _Answer(address)
+        rest = b""
+        try:
+            after = f"{last_ns // 10**9}.{last_ns % 10**9:09d}"
+            await answer.open("/events", since=after, filters=json.dumps(dict(filters)))
+            if not connected:
+                connected = True
+                yield Reconnected()
+            backoff.reset()
+            while data := await answer.receive():
+                *lines, rest = (rest + data).split(b"\n")
+                for event in map(_event, lines):
+                    # What came at the very last time seen comes again after each connect.
+                    key = (event.time_ns, event.id, event.action) if event else (0, "", "")
+                    if event is None or event.time_ns < last_ns or key in seen:
+                        continue
+                    seen = {known for known in seen if known[0] == event.time_ns} | {key}
+                    last_ns = event.time_ns
+                    yield event
+            reason = "the Engine ended the connection"
+        except (OSError, _NotFound, ValueError) as error:
+            reason = str(error) or type(error).__name__
+        finally:
+            answer.close()
+        if connected:
+            connected = False
+            yield Disconnected(reason)
+        await backoff.wait()
+
+
+def _event(line: bytes) -> EngineEvent | None:
+    if not line.strip():
+        return None
+    raw: dict[str, Any] = json.loads(line)
+    action = str(raw.get("Action", ""))
+    if action.startswith("exec_"):
+        return None
+    actor = raw.get("Actor") or {}
+    return EngineEvent(
+        int(raw.get("timeNano", 0)),
+        str(raw.get("Type", "")),
+        action,
+        str(actor.get("ID", "")),
+        dict(actor.get("Attributes") or {}),
+    )
+
+
+class Demultiplexer:
+    """Takes the Engine's framed log stream apart: 8 bytes (stream, three zeros, ``>I`` length), time, text.
+
+    Attributes:
+        broken: What the Engine, or this, says about the rest not being readable; empty while all is well.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._second = b""
+        self._second_ns = 0
+        self.broken = ""
+
+    def feed(self, data: bytes) -> list[LogRecord]:
+        """Returns the messages that are complete with these bytes."""
+        buffer = self._rest + data if self._rest else data
+        records: list[LogRecord] = []
+        add, new, number = records.append, tuple.__new__, int.from_bytes
+        position, size = 0, len(buffer)
+        second, second_ns = self._second, self._second_ns
+        while position + 8 <= size and not self.broken:
+            stream = buffer[position]
+            start = position + 8
+            end = start + number(buffer[position + 4 : start], "big")
+            if end > size:
+                break
+            try:
+                if stream not in (1, 2) or buffer[start + 29 : start + 31] != b"Z ":
+                    raise ValueError  # noqa: TRY301 - the same as a number that is none
+                if buffer[start : start + 19] != second:
+                    second = buffer[start : start + 19]
+                    at = datetime.strptime(second.decode(), "%Y-%m-%dT%H:%M:%S").replace(tzinfo=UTC)
+                    second_ns = int(at.timestamp()) * 10**9
+                time_ns = second_ns + int(buffer[start + 20 : start + 29])
+            except ValueError:
+                self.broken = buffer[start:end].decode(errors="replace").strip() or "the stream is not framed"
+                break
+            # The constructor of a named tuple takes three times as long, and this runs for every line.
+            add(new(LogRecord, (time_ns, stream, buffer[start + 31 : end])))
+            position = end
+        self._rest = buffer[position:]
+        self._second, self._second_ns = second, second_ns
+        return records
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What one read of the Engine's log brought."""
+
+    state: State = State.SEARCH
+    short: bool = False
+    broken: str = ""
+    received: int = 0
+    messages: int = 0
+    stored: int = 0
+    engine_bytes: int = 0
+    first_ns: int = 0
+
+
+def _wider(probe: tuple[int, int], earlier: tuple[int, int] | None, wanted_ns: int) -> int:
+    """How many messages to ask for when an answer began too late; 0: for all.
+
+    An answer that begins too late is dropped at its first message, and so costs little; one that begins too
+    early costs all of its messages. So the number is worked out from how far back two answers reached.
+
+    Args:
+        probe: Number of messages asked for, and the first one's time in ns.
+        earlier: The same of the answer before it.
+        wanted_ns: Time of a message that is to be in the next answer.
+    """
+    tail, first_ns = probe
+    wider = tail * 4
+    if earlier is not None and earlier[1] > first_ns:
+        each = (tail - earlier[0]) / (earlier[1] - first_ns)
+        wider = tail + int(each * max(0, first_ns - wanted_ns) * 1.1)
+    wider = min(max(wider, tail + tail // 4), tail * 16)
+    return wider if wider < _ALL_MESSAGES else 0
+
+
+class _Follower:
+    """Follows one container's log into one writer."""
+
+    def __init__(self, address: str | tuple[str, int], container: str, log: LogWriter) -> None:
+        self._address = address
+        self._path = f"/containers/{quote(container, safe='')}"
+        self._log = log
+        self._verified = max(0, log.end - FOLLOW_BYTES)  # what a former process did not live to verify
+        self._resync: int | None = None
+        self._gaps = 0
+        self._shorts = 0
+
+    async def run(self) -> LogEnd:
+        backoff = _Backoff()
+        told = ""
+        while True:
+            try:
+                running = await self._running()
+                turn = await self._snapshot()
+                if not running and not turn.stored:
+                    self._doubts(turn)
+                    return LogEnd(gone=False, gaps=self._gaps)
+                began = time.monotonic()
+                if running and turn.stored < _CAUGHT_UP:
+                    turn = await self._live()
+                if turn.stored or time.monotonic() > began + 1:
+                    backoff.reset()
+                    told = ""
+                    continue
+            except _NotFound:
+                return LogEnd(gone=True, gaps=self._gaps)
+            except OSError as error:  # of the Engine, or of our own disk: the Engine keeps the log meanwhile
+                if str(error) != told:
+                    told = str(error)
+                    logger.warning("the log of %s waits: %s", self._path, error or type(error).__name__)
+            await backoff.wait()
+
+    async def _running(self) -> bool:
+        answer = _Answer(self._address)
+        try:
+            await answer.open(f"{self._path}/json")
+            body = b""
+            async with asyncio.timeout(_SILENCE_SECONDS):
+                while data := await answer.receive():
+                    body += data
+        finally:
+            answer.close()
+        try:
+            state: dict[str, Any] = json.loads(body)["State"]
+        except ValueError as error:  # cut short
+            raise ConnectionError("the Engine's answer ended early") from error
+        return state["Status"] not in ("exited", "dead", "removing")
+
+    async def _snapshot(self) -> _Turn:
+        """Reads everything there is beyond what is stored, without ``follow``: nothing is left out."""
+        stored = await index(self._log, self._verified - _OVERLAP)
+        tail = len(stored) + _OVERLAP_MESSAGES if len(stored) else 0
+        earlier: tuple[int, int] | None = None
+        while True:
+            turn = await self._read(stored, tail, follow=False)
+            if tail == 0 or turn.broken or turn.state not in (State.TOO_LATE, State.SEARCH):
+                break
+            probe = tail, turn.first_ns
+            tail = _wider(probe, earlier, stored.newest_ns)
+            earlier = probe
+        if turn.short:
+            self._shorts += 1
+            if self._shorts < 3:
+                raise ConnectionError("the Engine's answer ended early")
+        self._shorts = 0
+        if not len(stored) and turn.engine_bytes > _WINDOW:
+            self._gap(
+                "gap: output before this may have been lost at its start: the Engine's log had been rotated"
+            )
+        self._verified = self._log.end
+        return turn
+
+    async def _live(self) -> _Turn:
+        """Follows what is written, until the stream ends or so much has come that it is to be checked."""
+        stored = await index(self._log, self._verified - _OVERLAP)
+        return await self._read(stored, len(stored) + _OVERLAP_MESSAGES if len(stored) else 0, follow=True)
+
+    async def _read(self, stored: Index, tail: int, *, follow: bool) -> _Turn:
+        turn = _Turn()
+        aligner = Aligner(self._log, stored, whole=tail == 0)
+        demultiplexer = Demultiplexer()
+        answer = _Answer(self._address)
+        try:
+            await answer.open(
+                f"{self._path}/logs",
+                stdout=1,
+                stderr=1,
+                timestamps=1,
+                follow=int(follow),
+                tail=tail or "all",
+            )
+            while True:
+                async with asyncio.timeout(None if follow else _SILENCE_SECONDS):
+                    data = await answer.receive()
+                if not data:
+                    break
+                records = demultiplexer.feed(data)
+                if records and not turn.messages:
+                    turn.first_ns = records[0].time_ns
+                turn.received += len(data)
+                turn.messages += len(records)
+                if tail == 0:
+                    turn.engine_bytes += sum(len(record.payload) + _ENGINE_OVERHEAD for record in records)
+                fresh = aligner.feed(records)
+                self._resync = aligner.resync or self._resync
+                aligner.resync = None
+                if aligner.lost:
+                    aligner.lost = False
+                    self._lost(stored.newest_ns, fresh[0].time_ns)
+                turn.stored += self._store(fresh)
+                if aligner.state is State.TOO_LATE or demultiplexer.broken:
+                    break
+                if follow and (turn.received > FOLLOW_BYTES or turn.messages > _FOLLOW_MESSAGES):
+                    break
+        finally:
+            answer.close()
+        turn.state, turn.short, turn.broken = aligner.state, aligner.short, demultiplexer.broken
+        return turn
+
+    def _doubts(self, turn: _Turn) -> None:
+        """Marks at a log's end that the Engine could not give what it should have."""
+        if turn.broken:
+            self._gap(f"gap: the Engine could not read the rest of its log: {turn.broken}")
+        elif turn.state is State.SEARCH:
+            self._gap("gap: the Engine's log does not continue what is stored here: output may be missing")
+
+    def _store(self, records: list[LogRecord]) -> int:
+        if self._resync is None or not records:
+            return self._log.append(records)
+        stored = 0
+        for number, record in enumerate(records):
+            if hash(record) == self._resync:
+                self._resync = None
+                stored = self._log.append(records[:number])
+                self._log.resynced()
+                records = records[number:]
+                break
+        return stored + self._log.append(records)
+
+    def _lost(self, after_ns: int, until_ns: int) -> None:
+        first, last = (datetime.fromtimestamp(ns / 1e9, UTC).isoformat() for ns in (after_ns, until_ns))
+        self._gap(
+            f"gap: output between {first} and {last} was lost: the Engine's log had been rotated", until_ns
+        )
+
+    def _gap(self, text: str, time_ns: int | None = None) -> None:
+        self._gaps += 1
+        self._log.append_gap(text, time.time_ns() if time_ns is None else time_ns)
+
+
+async def follow_log(host: str, container_id: str, log: LogWriter) -> LogEnd:
+    """Copies a container's log until the container has ended and everything is stored.
+
+    Continues whatever is stored already, without loss or doubling; waits for an Engine that does not answer,
+    and for a full disk, as long as it takes. Cancelling leaves a log that a later call continues.
+
+    Args:
+        host: ``DOCKER_HOST``.
+        container_id: Id or name of a container that has been started, with `LOG_CONFIG` and no terminal.
+        log: Where it goes; neither closed nor synced here.
+
+    Raises:
+        InvalidInput: The host.
+    """
+    return await _Follower(parse_host(host), container_id, log).run()

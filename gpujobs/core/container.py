@@ -1,0 +1,312 @@
+"""What the Engine is asked for: a specification, an owner and an allocation become one create request.
+
+Everything that the request may hold is written down here; nothing of a job file is passed through unread. The
+rules behind each line, and the attacks that they stop, are in docs/security.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpujobs.core.errors import Refused
+from gpujobs.core.job import Allocation, JobId, Owner
+from gpujobs.core.spec import JobSpec
+
+CONTROL = "/.gpujobs"
+"""Where the container sees its control directory: the init, the gate, the control file."""
+
+INIT_REFUSED = 125
+"""The init's exit code when who it runs as is not who it was told to be."""
+
+PIDS_LIMIT = 16384
+"""Processes and threads of one container. A data loader has tens, a hub's client hundreds; a fork bomb stops here."""
+
+MINIMUM_SHM = 64 * 2**20
+
+Json = dict[str, Any]
+
+_LOADER = re.compile(r"LD_.*|GLIBC_TUNABLES|GCONV_PATH", re.ASCII)
+"""Variables with which an image or a user steers the dynamic loader of whatever runs with them. The runtime's
+hooks run as root of the host with the container's environment (the mechanism of CVE-2025-23266)."""
+
+_IMAGE_DROPPED = re.compile(r"NVIDIA_.*|LD_.*|GLIBC_TUNABLES|GCONV_PATH|GPUJOBS_.*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image as the Engine has it.
+
+    Attributes:
+        id: ``sha256:…`` of its configuration: what containers are created from, whatever its tag comes to mean.
+        digest: The registry's digest, where it was pulled.
+        environment: ``NAME=value`` entries of its own.
+    """
+
+    id: str
+    reference: str
+    digest: str | None = None
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
+    working_dir: str = ""
+    stop_signal: str | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """One bind of the container: a host path that was pinned or is ours."""
+
+    source: str
+    target: str
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """All that a container is made of.
+
+    Attributes:
+        server: The server's id, part of every name and label.
+        nonce: A secret of the ledger: what tells our container from one with forged labels.
+        runtime: The OCI runtime for jobs with GPUs.
+        control: The host directory that is mounted at :data:`CONTROL`.
+        home: The container's HOME.
+        log: The Engine's LogConfig.
+        visible: What NVIDIA_VISIBLE_DEVICES is set to; ``void`` for none.
+        ceilings: Hard resource limits that the Engine cannot raise; the defaults stay below them.
+    """
+
+    server: str
+    job: JobId
+    attempt: int
+    nonce: str
+    owner: Owner
+    spec: JobSpec
+    allocation: Allocation
+    image: Image
+    control: str
+    home: str
+    runtime: str = "nvidia"
+    visible: str = "void"
+    mounts: tuple[Mount, ...] = ()
+    tmpfs: Mapping[str, str] = field(default_factory=dict)
+    driver_capabilities: str = "compute,utility"
+    timezone: str = ""
+    log: Mapping[str, Any] = field(default_factory=dict)
+    ceilings: Mapping[str, int] = field(default_factory=dict)
+
+
+def checkpoints(server: str, job: JobId) -> str:
+    """Where a job's checkpoints go, below HOME: the same for all its attempts."""
+    return f"checkpoints/{server}-{job}"
+
+
+def container_name(server: str, job: JobId, attempt: int) -> str:
+    """The one name that an attempt's container can have: creating it twice is answered with a conflict."""
+    return f"gpujobs-{server}-{job}-{attempt}"
+
+
+def argv_of(spec: JobSpec, image: Image) -> tuple[str, ...]:
+    """What is run, by Compose's rules: an entry point of the file also drops the image's command.
+
+    Raises:
+        Refused: Neither the file nor the image says what to run.
+    """
+    entrypoint = image.entrypoint if spec.entrypoint is None else spec.entrypoint
+    if spec.command is not None:
+        command = spec.command
+    else:
+        command = image.command if spec.entrypoint is None else ()
+    argv = (*entrypoint, *command)
+    if not argv:
+        raise Refused(
+            f"the image {image.reference} has no command of its own", hint="Give one: `command: [python, train.py]`."
+        )
+    return argv
+
+
+def environment_of(order: Order) -> tuple[list[str], list[tuple[str, str]]]:
+    """The container's environment, and the part of it that only the init may set.
+
+    Returns:
+        Entries for the Engine (one without ``=`` takes the image's variable of that name away), ours last;
+        and the user's own loader variables, which reach the program but no hook of the runtime.
+    """
+    owner = order.owner
+    given = {"HOME": order.home, "USER": owner.name, "LOGNAME": owner.name}
+    if order.timezone:
+        given["TZ"] = order.timezone
+    given.update(order.spec.environment)
+    steering = [(name, value) for name, value in given.items() if _LOADER.fullmatch(name)]
+    ours = {
+        "GPUJOBS_JOB_ID": str(order.job),
+        "GPUJOBS_ATTEMPT": str(order.attempt),
+        "GPUJOBS_CHECKPOINT_DIR": f"{order.home}/{checkpoints(order.server, order.job)}",
+        **({"GPUJOBS_ARRAY_INDEX": str(order.job.index)} if order.job.index is not None else {}),
+        "NVIDIA_VISIBLE_DEVICES": order.visible,
+        **({"NVIDIA_DRIVER_CAPABILITIES": order.driver_capabilities} if order.allocation.gpus else {}),
+    }
+    entries = [f"{name}={value}" for name, value in given.items() if not _LOADER.fullmatch(name)]
+    names = {entry.partition("=")[0] for entry in order.image.environment}
+    dropped = sorted(name for name in names if _IMAGE_DROPPED.fullmatch(name) and name not in ours)
+    return [*entries, *dropped, *(f"{name}={value}" for name, value in ours.items())], steering
+
+
+def labels_of(order: Order) -> dict[str, str]:
+    """Every label of ours, always all of them, so that none of an image passes for one."""
+    return {
+        **dict(order.spec.labels),
+        "gpujobs.server": order.server,
+        "gpujobs.job": str(order.job),
+        "gpujobs.attempt": str(order.attempt),
+        "gpujobs.owner": str(order.owner.uid),
+        "gpujobs.gpus": ",".join(order.allocation.gpus),
+        "gpujobs.nonce": order.nonce,
+    }
+
+
+def shm_size_of(order: Order) -> int:
+    """Bytes of /dev/shm: as asked, else a quarter of the memory limit, never Docker's 64 MB by accident."""
+    return order.spec.shm_size or max(MINIMUM_SHM, order.allocation.memory // 4)
+
+
+def create_request(order: Order) -> Json:
+    """The body of the Engine's create request.
+
+    Raises:
+        Refused: The image and the file together say nothing that could be run.
+    """
+    spec, owner, allocation = order.spec, order.owner, order.allocation
+    environment, _ = environment_of(order)
+    memory = allocation.memory
+    host: Json = {
+        "Runtime": order.runtime if allocation.gpus and order.visible != "void" else "runc",
+        "NetworkMode": "bridge",
+        "IpcMode": "private",
+        "Privileged": False,
+        "CapDrop": ["ALL"],
+        "CapAdd": [],
+        "SecurityOpt": ["no-new-privileges:true"],
+        "GroupAdd": [str(gid) for gid in owner.groups if gid != owner.gid],
+        "Devices": [],
+        "DeviceRequests": [],
+        "RestartPolicy": {"Name": "no"},
+        "AutoRemove": False,
+        "Init": False,
+        "PidsLimit": PIDS_LIMIT,
+        "Memory": memory,
+        "MemorySwap": memory,
+        "ShmSize": shm_size_of(order),
+        "Ulimits": _ulimits(order),
+        "Mounts": [
+            {"Type": "bind", "Source": m.source, "Target": m.target, "ReadOnly": m.read_only,
+             "BindOptions": {"Propagation": "rprivate"}}
+            for m in (Mount(source=order.control, target=CONTROL, read_only=True),
+                      *(Mount(source=f"{order.control}/{name}", target=f"/etc/{name}", read_only=True)
+                        for name in ("passwd", "group")),
+                      *order.mounts)
+        ],
+        "Tmpfs": dict(order.tmpfs),
+        "LogConfig": dict(order.log),
+    }  # fmt: skip
+    if allocation.cpus:
+        host["NanoCpus"] = round(allocation.cpus * 1e9)
+    request: Json = {
+        "Image": order.image.id,
+        "Entrypoint": [f"{CONTROL}/init", "run"],
+        "Cmd": list(argv_of(spec, order.image)),
+        "User": f"{owner.uid}:{owner.gid}",
+        "Env": environment,
+        "WorkingDir": spec.working_dir or order.image.working_dir or "/",
+        "Labels": labels_of(order),
+        "Tty": False,
+        "OpenStdin": False,
+        "AttachStdin": False,
+        "Healthcheck": {"Test": ["NONE"]},
+        "HostConfig": host,
+    }
+    if spec.stop_signal:
+        request["StopSignal"] = spec.stop_signal
+    request["Labels"]["gpujobs.config"] = config_hash(request)
+    return request
+
+
+def _ulimits(order: Order) -> list[Json]:
+    defaults = {
+        "memlock": -1,  # pinned host memory for transfers
+        "stack": 64 * 2**20,
+        "core": 0,  # a core file of a training process is as large as its memory
+    }
+    limits = {}
+    for name, value in defaults.items():
+        ceiling = order.ceilings.get(name)
+        kept = value if ceiling is None or 0 <= value <= ceiling else ceiling
+        limits[name] = (kept, kept)
+    limits.update({limit.name: (limit.soft, limit.hard) for limit in order.spec.ulimits})
+    return [{"Name": name, "Soft": soft, "Hard": hard} for name, (soft, hard) in sorted(limits.items())]
+
+
+def config_hash(request: Mapping[str, Any]) -> str:
+    """A digest of all that a request says, but for this label: what adopting a container compares."""
+    labels = {k: v for k, v in request["Labels"].items() if k != "gpujobs.config"}
+    text = json.dumps({**request, "Labels": labels}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def control_file(order: Order) -> bytes:
+    """What the init reads: who it must be, and what only it may put into the environment."""
+    _, steering = environment_of(order)
+    owner = order.owner
+    records = [
+        f"uid={owner.uid}",
+        f"gid={owner.gid}",
+        "groups=" + ",".join(str(gid) for gid in sorted(set(owner.groups))),
+        "caps=0",
+        *(f"env={name}={value}" for name, value in steering),
+    ]
+    return b"".join(record.encode("utf-8", "surrogateescape") + b"\0" for record in records)
+
+
+def passwd_file(owner: Owner, home: str) -> bytes:
+    """A passwd file that knows root, nobody and the owner: a uid without a name breaks PyTorch's getpass."""
+    return (
+        "root:x:0:0:root:/root:/sbin/nologin\n"
+        "nobody:x:65534:65534:nobody:/nonexistent:/sbin/nologin\n"
+        f"{owner.name}:x:{owner.uid}:{owner.gid}:{owner.name}:{home}:/bin/sh\n"
+    ).encode()
+
+
+def group_file(owner: Owner, names: Sequence[tuple[int, str]]) -> bytes:
+    """A group file that names the owner's groups and no other."""
+    lines = ["root:x:0:", "nogroup:x:65534:"]
+    lines += [f"{name}:x:{gid}:{owner.name}" for gid, name in names if gid not in (0, 65534)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def differences(order: Order, inspected: Mapping[str, Any]) -> list[str]:
+    """How a created container differs from what was asked for, in what decides about GPUs and privilege.
+
+    Args:
+        order: What was asked for.
+        inspected: The Engine's answer to inspect.
+    """
+    config, host = inspected["Config"], inspected["HostConfig"]
+    wanted = create_request(order)
+    variables = [e for e in config.get("Env") or [] if e.startswith("NVIDIA_VISIBLE_DEVICES=")]
+    checks: tuple[tuple[str, Any, Any], ...] = (
+        ("NVIDIA_VISIBLE_DEVICES", variables, [f"NVIDIA_VISIBLE_DEVICES={order.visible}"]),
+        ("runtime", host.get("Runtime"), wanted["HostConfig"]["Runtime"]),
+        ("devices", host.get("Devices") or [], []),
+        ("device requests", host.get("DeviceRequests") or [], []),
+        ("privileged", bool(host.get("Privileged")), False),
+        ("user", config.get("User"), wanted["User"]),
+        ("added capabilities", host.get("CapAdd") or [], []),
+        ("entry point", config.get("Entrypoint"), wanted["Entrypoint"]),
+    )
+    return [f"{what} is {found!r}, {asked!r} was asked for" for what, found, asked in checks if found != asked]

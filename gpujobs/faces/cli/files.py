@@ -1,0 +1,111 @@
+"""The commands about job files, which need no server: ``check schema from-docker``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gpujobs import places
+from gpujobs.core.errors import OK, InvalidInput
+from gpujobs.faces import jobfiles
+from gpujobs.faces.cli.common import emit, emit_json, report, tell
+from gpujobs.faces.words import clean
+
+CHECK_EXAMPLES = """\b
+Examples:
+  gpujobs check train.yaml
+  gpujobs check examples/*/job.yaml
+  gpujobs check - --json < train.yaml"""
+
+SCHEMA_EXAMPLES = """\b
+Examples:
+  gpujobs schema > gpujobs.schema.json
+  and in a job file's first line, for editors with the YAML language server:
+  # yaml-language-server: $schema=gpujobs.schema.json"""
+
+FROM_DOCKER_EXAMPLES = """\b
+Examples:
+  gpujobs from-docker -- docker run --gpus 2 -v $PWD:/workspace pytorch/pytorch python train.py
+  gpujobs from-docker 'docker run --rm --gpus all my/image python train.py' > job.yaml"""
+
+
+def check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Job files; - is the standard input.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Check job files without a server: every mistake at once, with its place."""
+    code = OK
+    answers = []
+    for name in files:
+        answer: dict[str, Any] = {"file": jobfiles.shown_name(name), "ok": True, "jobs": 0, "problems": []}
+        try:
+            answer["jobs"] = _jobs_in(name)
+        except InvalidInput as error:
+            code = error.exit
+            answer |= {"ok": False, "message": error.message, "problems": [
+                {"file": p.file, "line": p.line, "column": p.column, "path": p.path, "message": p.message}
+                for p in error.problems
+            ]}  # fmt: skip
+            if not json:
+                report(error)
+        else:
+            if not json:
+                count = answer["jobs"]
+                emit(f"{clean(answer['file'])}: ok: {count} job{'' if count == 1 else 's'}\n")
+        answers.append(answer)
+    if json:
+        emit_json({"files": answers})
+    return code
+
+
+def _jobs_in(name: str) -> int:
+    """How many jobs a file describes.
+
+    Raises:
+        InvalidInput: With every mistake.
+    """
+    from gpujobs import specfile
+
+    data = jobfiles.read_bytes(name)
+    directory = Path.cwd() if name == "-" else (Path.cwd() / name).parent
+    context = specfile.Context(
+        file=jobfiles.shown_name(name),
+        directory=str(directory),
+        home=str(places.home(os.environ)),
+        variables=dict(os.environ),
+        working_directory=str(Path.cwd()),
+        env_files=jobfiles.env_files_of(data.decode(errors="replace"), directory, os.environ),
+    )
+    return len(specfile.parse(data, context))
+
+
+def schema() -> int:
+    """Print the JSON Schema of the job file, for editors and other programs."""
+    from gpujobs import specfile
+
+    emit_json(specfile.schema())
+    return OK
+
+
+def from_docker(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="-- docker run …", help="The command's words, or all of it in quotes."),
+    ],
+) -> int:
+    """Print the job file for a `docker run` command, and what it leaves out and why."""
+    from gpujobs.core.translate import from_docker as translated
+
+    try:
+        words = shlex.split(command[0]) if len(command) == 1 else command
+    except ValueError as error:
+        raise InvalidInput(f"the command cannot be split into words: {error}") from error
+    result = translated(words)
+    emit(result.text)
+    for note in result.notes:
+        tell(clean(note))
+    return OK

@@ -1,0 +1,282 @@
+"""The HTTP API on the unix socket: reads requests, asks the service, writes answers. The routes are in gpujobs.wire."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from gpujobs import __version__, specfile, wire
+from gpujobs.adapters.logfile import LogReader
+from gpujobs.core.errors import GpujobsError, InvalidInput, Refused
+from gpujobs.core.job import Ended, Job, Owner
+from gpujobs.logwire import encode_frame
+from gpujobs.service import rows
+from gpujobs.service.access import Peer
+from gpujobs.service.loop import Service
+
+logger = logging.getLogger("gpujobs")
+
+MAX_ROWS = 100_000
+
+Handler = Callable[[Service, Owner, Request], Awaitable[Response]]
+
+
+def application(service: Service) -> Starlette:
+    """The ASGI application of a service."""
+
+    def endpoint(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(service, await _asker(service, request), request)
+            except GpujobsError as error:
+                return JSONResponse(wire.error_body(error), error.status)
+            except ClientDisconnect:
+                return Response(status_code=499)
+
+        return answer
+
+    async def failed(_: Request, error: Exception) -> Response:
+        logger.error("a request failed", exc_info=error)
+        body = GpujobsError("the server made a mistake; its log says which", hint="Please tell the administrator.")
+        return JSONResponse(wire.error_body(body), 500)
+
+    async def missing(request: Request, _: Exception) -> Response:
+        error = InvalidInput(f"{request.method} {request.url.path}: this server has no such thing",
+                             hint=f"It is gpujobs {__version__}; is the client newer?")  # fmt: skip
+        return JSONResponse(wire.error_body(error), 404)
+
+    table: list[tuple[str, str, Handler]] = [
+        ("GET", "/v1/server", server),
+        ("POST", "/v1/jobs", submit),
+        ("GET", "/v1/jobs", listing),
+        ("GET", "/v1/jobs/{id}", show),
+        ("GET", "/v1/jobs/{id}/watch", watch),
+        ("GET", "/v1/jobs/{id}/logs", logs),
+        ("POST", "/v1/jobs/{id}/cancel", cancel),
+        ("GET", "/v1/gpus", gpus),
+    ]
+    return Starlette(
+        routes=[Route(path, endpoint(handler), methods=[method]) for method, path, handler in table],
+        exception_handlers={404: missing, 405: missing, Exception: failed},
+    )
+
+
+async def _asker(service: Service, request: Request) -> Owner:
+    peer: Peer = request.state.peer
+    if _in_other_namespace(peer.pid):
+        raise Refused("the server is not for processes inside containers")
+    return await service.directory.owner(peer.uid)
+
+
+def _in_other_namespace(pid: int) -> bool:
+    """Whether a peer runs in another PID namespace: a job that mounts the socket's directory is no user."""
+    if pid <= 0:
+        return True
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
+    except FileNotFoundError:
+        return False  # it has gone already: nobody reads the answer
+    except PermissionError:
+        return False  # a server that is not root serves its own uid alone, which could as well signal it
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > wire.MAX_REQUEST_BYTES:
+            raise InvalidInput(f"the request is larger than {wire.MAX_REQUEST_BYTES // 2**20} MiB")
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput("the request is no JSON") from error
+    if not isinstance(data, dict):
+        raise InvalidInput("the request is no JSON object")
+    return data
+
+
+def _texts(data: dict[str, Any], name: str) -> dict[str, str]:
+    value = data.get(name) or {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise InvalidInput(f"{name}: names and texts were expected")
+    return value
+
+
+def _text(data: dict[str, Any], name: str, default: str = "") -> str:
+    value = data.get(name, default)
+    if not isinstance(value, str) or "\0" in value:
+        raise InvalidInput(f"{name}: a text was expected")
+    return value
+
+
+def _number(request: Request, name: str, default: int, most: int) -> int:
+    text = request.query_params.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) > most:
+        raise InvalidInput(f"{name}: a number from 0 to {most} was expected, not {text[:40]!r}")
+    return int(text)
+
+
+async def server(service: Service, _: Owner, __: Request) -> Response:
+    """Who answers."""
+    return JSONResponse(
+        {"version": __version__, "api": wire.API, "server": service.id, "pid": os.getpid(), "uid": os.getuid(),
+         "simulated": service.inventory.simulated, "notes": service.notes}
+    )  # fmt: skip
+
+
+async def submit(service: Service, asker: Owner, request: Request) -> Response:
+    """Validate files and take their jobs in: all of them, or none."""
+    data = await _body(request)
+    run_as = data.get("run_as")
+    if run_as is not None and not isinstance(run_as, str):
+        raise InvalidInput("run_as: an account's name was expected")
+    owner = await service.directory.submitter(asker, run_as)
+    files = data.get("files")
+    if not isinstance(files, list) or not files or not all(isinstance(entry, dict) for entry in files):
+        raise InvalidInput("files: a list of job files was expected")
+    uuids = tuple(gpu.uuid for gpu in service.inventory.gpus)
+    parsed = []
+    for entry in files:
+        text = _text(entry, "text")
+        context = specfile.Context(
+            file=_text(entry, "file", "<stdin>"),
+            directory=_text(entry, "directory", "/"),
+            home=owner.home if run_as is not None else _text(data, "home", owner.home),
+            variables=_texts(data, "variables"),
+            working_directory=_text(data, "working_directory", "/"),
+            env_files=_texts(data, "env_files"),
+            uuids=uuids,
+        )
+        elements = await asyncio.to_thread(specfile.parse, text, context)
+        parsed.append((context.file, text, [(element.index, element.spec) for element in elements]))
+    made = await service.submit(owner, parsed)
+    submissions = {jobs[0].id.number: len(jobs) for jobs in made}
+    answer: dict[str, Any] = {
+        "jobs": [{"id": number, "elements": count} for number, count in submissions.items()],
+        "notes": service.notes,
+    }
+    return JSONResponse(answer, 201)
+
+
+async def listing(service: Service, asker: Owner, request: Request) -> Response:
+    """The jobs that have not ended, or with ``all=1`` the latest of all."""
+    every = request.query_params.get("all", "0") == "1"
+    limit = _number(request, "limit", 1000 if every else MAX_ROWS, MAX_ROWS)
+    found = await service.store.read(lambda ledger: ledger.page(every=every, limit=limit))
+    explainer = service.explainer()
+    return JSONResponse({"jobs": [rows.row(service, job, explainer) for job in found]})
+
+
+async def show(service: Service, asker: Owner, request: Request) -> Response:
+    """Everything about a job, or about each element of an array; the inside only to who may see it."""
+    explainer = service.explainer()
+    found = await service.named(request.path_params["id"])
+    answer = []
+    for job in found:
+        attempts = await service.store.read(lambda ledger, job=job: ledger.attempts(job.id))  # type: ignore[misc]
+        inside = service.directory.may_act(asker, job)
+        answer.append(rows.details(service, job, explainer, attempts, inside=inside))
+    return JSONResponse({"jobs": answer})
+
+
+async def watch(service: Service, _: Owner, request: Request) -> Response:
+    """Rows as JSON lines, one at each change, until all jobs of the id have ended and their logs are stored."""
+    text = request.path_params["id"]
+    number = (await service.named(text))[0].id.number
+
+    async def lines() -> AsyncIterator[bytes]:
+        told: dict[Any, str] = {}
+        event = service.watch(number)
+        try:
+            while True:
+                event.clear()
+                found = await service.named(text)
+                explainer = service.explainer()
+                for job in found:
+                    line = json.dumps(rows.row(service, job, explainer))
+                    if told.get(job.id) != line:
+                        told[job.id] = line
+                        yield line.encode() + b"\n"
+                if all(isinstance(job.state, Ended) for job in found):
+                    return
+                await event.wait()
+        finally:
+            service.unwatch(number, event)
+
+    return StreamingResponse(lines(), media_type=wire.LINES_MEDIA_TYPE)
+
+
+async def cancel(service: Service, asker: Owner, request: Request) -> Response:
+    """End a job or an array; answered once that is recorded."""
+    found = await service.named(request.path_params["id"])
+    for job in found:
+        if not service.directory.may_act(asker, job):
+            raise Refused(f"job {job.id} is {job.owner.name}'s: only they and administrators may cancel it")
+    message = "cancelled" if len({job.owner.uid for job in found} - {asker.uid}) == 0 else f"cancelled by {asker.name}"
+    changed = [await service.stop(job.id, "cancelled", message) for job in found]
+    explainer = service.explainer()
+    return JSONResponse({"jobs": [rows.row(service, job, explainer) for job in changed]})
+
+
+async def logs(service: Service, asker: Owner, request: Request) -> Response:
+    """The frames of a job's log: of its last attempt, or of the one named."""
+    found = await service.named(request.path_params["id"])
+    if len(found) != 1:
+        raise InvalidInput(f"{request.path_params['id']} is an array: its elements' logs are asked for one by one")
+    job = found[0]
+    if not service.directory.may_act(asker, job):
+        raise Refused(f"job {job.id} is {job.owner.name}'s: only they and administrators may read its log")
+    follow = request.query_params.get("follow", "0") == "1"
+    wanted = _number(request, "attempt", 0, 10**6)
+    tail_text = request.query_params.get("tail", "")
+    tail = _number(request, "tail", 0, 10**9) if tail_text else None
+    since_text = request.query_params.get("since", "")
+    try:
+        since = float(since_text) if since_text else None
+    except ValueError as error:
+        raise InvalidInput(f"since: seconds since the epoch were expected, not {since_text[:40]!r}") from error
+    skip = _number(request, "skip", 0, 10**12)
+    return StreamingResponse(_frames(service, job, wanted, follow, tail, since, skip), media_type=wire.LOG_MEDIA_TYPE)
+
+
+async def _frames(
+    service: Service, job: Job, wanted: int, follow: bool, tail: int | None, since: float | None, skip: int
+) -> AsyncIterator[bytes]:
+    event = service.watch(job.id.number)
+    try:
+        while True:
+            event.clear()
+            job = await service.job(job.id)
+            attempt = wanted or getattr(job.state, "attempt", 0)
+            path = service.log_path(job.id, attempt)
+            writer = service.open_log(job.id, attempt)
+            if writer is not None or path.exists():
+                reader = LogReader(path, writer)
+                since_ns = None if since is None else round(since * 1e9)
+                async for batch in reader.batches(since_ns=since_ns, tail=tail, follow=follow and writer is not None):
+                    kept, skip = batch[skip:], max(0, skip - len(batch))
+                    if kept:
+                        yield b"".join(map(encode_frame, kept))
+                return
+            if not follow or isinstance(job.state, Ended):
+                return
+            await event.wait()
+    finally:
+        service.unwatch(job.id.number, event)
+
+
+async def gpus(service: Service, asker: Owner, _: Request) -> Response:
+    """The GPUs and who has what of them."""
+    await service.look()
+    return JSONResponse(rows.inventory(service))

@@ -1,0 +1,420 @@
+"""One attempt of a job, from the decision to the end, as an ordered list of steps.
+
+Every step may be repeated: the container's name follows from the job, a conflict means that it is there already,
+the gate takes a second release. So a server that starts again goes through the same steps as one that starts the
+attempt, from wherever the container is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpujobs.adapters import devices
+from gpujobs.adapters.engine import Conflict, EngineError, Gone
+from gpujobs.adapters.logfile import LogWriter
+from gpujobs.adapters.mounts import MountHeld
+from gpujobs.adapters.streams import LOG_CONFIG, follow_log
+from gpujobs.core import job as jobs
+from gpujobs.core.container import (
+    Image, Mount, Order, checkpoints, container_name, control_file, create_request, differences, group_file, passwd_file,
+)  # fmt: skip
+from gpujobs.core.endings import Ending, ending_of
+from gpujobs.core.errors import GpujobsError, Unavailable
+from gpujobs.core.job import Allocation, Job
+from gpujobs.service.access import group_names
+from gpujobs.service.faults import fault
+
+if TYPE_CHECKING:
+    from gpujobs.service.loop import Service
+
+HOLD_SECONDS = 30.0
+"""How long to wait before asking a file server again that did not answer."""
+
+
+class Failed(Exception):
+    """The attempt cannot start: the reason's word and the sentence."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.ending = Ending(outcome="failed", reason=reason, message=message)
+
+
+class StopAsked(Exception):
+    """Somebody wants the attempt ended before its program ran."""
+
+
+class Attempt:
+    """One container run.
+
+    Args:
+        service: The server it belongs to.
+        job: The job, active.
+        row: The ledger's row of the attempt.
+        before: Set when the attempt decided before this one has started, so that starts keep their order.
+    """
+
+    def __init__(self, service: Service, job: Job, row: dict[str, Any], before: asyncio.Event | None) -> None:
+        state = job.state
+        assert isinstance(state, jobs.Active)
+        self.job_id = job.id
+        self.number: int = row["attempt"]
+        self.allocation: Allocation = state.allocation
+        self.container: str | None = row["container"]
+        self.nonce: str = row["nonce"]
+        self.name: str = row["name"]
+        self._recorded_image: str = row["image"]
+        self.gone = asyncio.Event()  # the container has ended, or is not there any more
+        self.started = asyncio.Event()  # it is past the point where starts are ordered
+        self._service = service
+        self._job = job
+        self._before = before
+        self._stop: tuple[str, str] | None = None
+        self._stopping = asyncio.Event()
+        self._released = isinstance(state, jobs.Running) or getattr(state, "started_at", None) is not None
+        if isinstance(state, jobs.Stopping):
+            self.stop(state.reason, state.message)
+        self._gate = -1
+        self._log: asyncio.Task[None] | None = None
+
+    @property
+    def control(self) -> Path:
+        """The host directory that the container sees as its control directory."""
+        return self._service.paths.attempts / self.name
+
+    def stop(self, reason: str, message: str) -> None:
+        """Ask for the end; the first reason given counts."""
+        if self._stop is None:
+            self._stop = (reason, message)
+            self._stopping.set()
+
+    async def run(self) -> None:
+        """Go through all steps that are left, and record the end."""
+        try:
+            try:
+                await self._start()
+                ending, code = await self._until_end()
+            except Failed as failure:
+                ending, code = failure.ending, None
+            except StopAsked:
+                ending, code = ending_of(0, oom=False, memory=0, released=False, stop=self._stop), None
+            except (EngineError, GpujobsError) as error:
+                ending, code = Ending(outcome="failed", reason="server", message=str(error)), None
+            if code is None:
+                await self._discard()
+            self.started.set()
+            fault("container-ended")
+            await self._service.end(self.job_id, ending, code)
+            fault("end-committed")
+            await self._close_log()
+            fault("log-closed")
+        finally:
+            self.started.set()
+            if self._gate >= 0:
+                os.close(self._gate)
+        await self._service.mounts_gone(self.name)
+
+    # -- the steps ---------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        if self._released:
+            await self._return_to()
+            return
+        image = await self._image()
+        fault("image-ready")
+        order = await self._order(image)
+        request = create_request(order)
+        await self._make_container(order, request)
+        fault("container-recorded")
+        self._open_gate()
+        inspected = await self._launch(order)
+        await self._verify(order, inspected)
+        if self.gone.is_set():
+            return
+        fault("devices-verified")
+        await self._in_turn()
+        self._check_stop()
+        await self._service.released(self.job_id, self.number)
+        fault("running-committed")
+        self._release()
+
+    def _release(self) -> None:
+        self._released = True
+        os.write(self._gate, b"g")
+        fault("released")
+        self.started.set()
+
+    async def _return_to(self) -> None:
+        """Take up a container that was released before this server started, wherever it is now."""
+        assert self.container is not None
+        try:
+            inspected = await self._service.engine.inspect(self.container)
+        except Gone:
+            raise Failed("server", f"its container {self.name} was removed by someone else") from None
+        self._open_gate()
+        self.follow()
+        if not inspected["State"]["Running"]:
+            self.gone.set()
+        self._release()
+
+    def _check_stop(self) -> None:
+        if self._stop is not None and not self._released:
+            raise StopAsked
+
+    async def _image(self) -> Image:
+        """The image, by what its name meant when the container was made."""
+        self._check_stop()
+        reference = self._job.spec.image
+        assert reference is not None
+        engine = self._service.engine
+        try:
+            image = await engine.image(self._recorded_image or reference)
+            return replace(image, reference=reference)
+        except Gone:
+            pass
+        self.started.set()  # who has to fetch its image does not keep the others waiting
+        await self._service.pulling(self.job_id)
+        try:
+            image = await engine.pull(reference)
+        except GpujobsError as error:
+            raise Failed("image", str(error)) from error
+        await self._service.starting(self.job_id)
+        self._check_stop()
+        return image
+
+    async def _order(self, image: Image) -> Order:
+        service, job = self._service, self._job
+        owner, spec = job.owner, job.spec
+        home = f"/home/{owner.name}"
+        mounts: list[Mount] = []
+        for position, volume in enumerate(spec.volumes):
+            if volume.type == "tmpfs":
+                continue
+            mounts.append(await self._pin(volume.source, volume.target, volume.read_only, f"{self.name}-{position}"))
+        tmpfs = {
+            v.target: f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700" + (f",size={v.size}" if v.size else "")
+            for v in spec.volumes
+            if v.type == "tmpfs"
+        }
+        taken = {mount.target for mount in mounts} | set(tmpfs)
+        if home not in taken:
+            mount = await self._home(home)
+            if mount is None:
+                tmpfs[home] = f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
+            else:
+                mounts.append(mount)
+        order = Order(
+            server=service.id, job=job.id, attempt=self.number, nonce=self.nonce, owner=owner, spec=spec,
+            allocation=self.allocation, image=image, control=str(self.control), home=home,
+            runtime=service.settings.runtime, mounts=tuple(mounts), tmpfs=tmpfs, log=LOG_CONFIG,
+            visible="void" if service.inventory.simulated else ",".join(self.allocation.gpus) or "void",
+            timezone=service.timezone, ceilings=service.ceilings,
+        )  # fmt: skip
+        names = await service.directory.lookup(lambda: group_names(owner))
+        self._write_control(order, passwd_file(owner, home), group_file(owner, names))
+        return order
+
+    async def _pin(self, source: str, target: str, read_only: bool, name: str) -> Mount:
+        while True:
+            try:
+                pin = await self._service.mounts.pin(self._job.owner, source, read_only, name)
+            except MountHeld as error:
+                await self._service.note(self.job_id, f"waiting for {source}: {error}")
+                await self._pause(HOLD_SECONDS)
+            except GpujobsError as error:
+                raise Failed("server", f"volumes: {source}: {error}") from error
+            else:
+                return Mount(source=str(pin.path), target=target, read_only=read_only)
+
+    async def _home(self, home: str) -> Mount | None:
+        """A directory of the owner's that is HOME inside and outlives the job; None where they have no home."""
+        owner = self._job.owner
+        place = f"{owner.home}/.local/share/gpujobs/home"
+        try:
+            await self._service.mounts.make_directory(owner, f"{place}/{checkpoints(self._service.id, self.job_id)}")
+            pin = await self._service.mounts.pin(owner, place, False, f"{self.name}-home")
+        except (GpujobsError, MountHeld):
+            return None
+        return Mount(source=str(pin.path), target=home, read_only=False)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            return
+        self._check_stop()
+
+    def _write_control(self, order: Order, passwd: bytes, group: bytes) -> None:
+        self.control.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self.control.chmod(0o755)
+        for name, content in (("job", control_file(order)), ("passwd", passwd), ("group", group)):
+            path = self.control / name
+            if not path.exists():
+                path.write_bytes(content)
+                path.chmod(0o644)
+        init, gate = self.control / "init", self.control / "gate"
+        if not init.exists():
+            os.link(self._service.paths.init, init)
+        if not gate.exists():
+            os.mkfifo(gate, 0o644)
+            gate.chmod(0o644)
+
+    async def _make_container(self, order: Order, request: dict[str, Any]) -> None:
+        self._check_stop()
+        engine = self._service.engine
+        if self.container is None:
+            try:
+                self.container = await engine.create(self.name, request)
+            except Conflict:
+                self.container = await self._adopt(order, request)
+            except EngineError as error:
+                raise Failed("server", f"the Engine did not make its container: {error}") from error
+            fault("container-created")
+            config = request["Labels"]["gpujobs.config"]
+            await self._service.made(self.job_id, self.number, self.container, config, order.image)
+
+    async def _adopt(self, order: Order, request: dict[str, Any]) -> str:
+        found = await self._service.engine.inspect(self.name)
+        labels = found["Config"].get("Labels") or {}
+        ours = ("gpujobs.server", "gpujobs.nonce", "gpujobs.config")
+        if any(labels.get(name) != request["Labels"][name] for name in ours):
+            raise Failed("server", f"there is a container {self.name} that is not the one made for this job")
+        return str(found["Id"])
+
+    def _open_gate(self) -> None:
+        # Read-write, so that opening never blocks, and held until the end: what is written stays for the init.
+        if self._gate < 0:
+            self._gate = os.open(self.control / "gate", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    async def _launch(self, order: Order) -> dict[str, Any]:
+        """Start the container where it has not been, and follow its log."""
+        assert self.container is not None
+        engine = self._service.engine
+        inspected = await engine.inspect(self.container)
+        if wrong := differences(order, inspected):
+            raise Failed("isolation", "its program never ran: " + "; ".join(wrong))
+        if inspected["State"]["Status"] == "created":
+            self._check_stop()
+            try:
+                await engine.start(self.container)
+            except EngineError as error:
+                raise Failed("server", f"its container did not start: {error}") from error
+            fault("container-started")
+            inspected = await engine.inspect(self.container)
+        self.follow()
+        if not inspected["State"]["Running"]:
+            self.gone.set()
+        return inspected
+
+    def follow(self) -> None:
+        """Begin to store what the container writes."""
+        if self._log is None:
+            assert self.container is not None
+            log = self._service.log_of(self.job_id, self.number)
+            self._log = asyncio.create_task(self._follow(log), name=f"log {self.name}")
+
+    async def _follow(self, log: LogWriter) -> None:
+        assert self.container is not None
+        await follow_log(self._service.engine.host, self.container, log)
+
+    async def _verify(self, order: Order, inspected: dict[str, Any]) -> None:
+        """Compare the devices granted with those allocated; a difference ends the attempt before its program ran."""
+        service = self._service
+        if service.inventory.simulated or self.gone.is_set():
+            return
+        assert self.container is not None
+        numbers = service.minors()
+        wanted = frozenset(numbers[uuid] for uuid in self.allocation.gpus)
+        pid = int(inspected["State"]["Pid"])
+        try:
+            got = await devices.granted(
+                service.engine, service.paths.init, service.paths.nodes, self.container, pid, numbers.values()
+            )
+        except Unavailable:
+            if (await service.engine.inspect(self.container))["State"]["Running"]:
+                raise
+            self.gone.set()  # its init refused, or it was killed: the end tells
+            return
+        if got == wanted:
+            return
+        extra, missing = sorted(got - wanted), sorted(wanted - got)
+        words = [f"/dev/nvidia{minor} was granted besides" for minor in extra]
+        words += [f"/dev/nvidia{minor} was not granted" for minor in missing]
+        raise Failed("isolation", f"its program never ran: the runtime {order.runtime} gave it other GPUs than it was "
+                                  f"allocated: {', '.join(words)}")  # fmt: skip
+
+    async def _in_turn(self) -> None:
+        if self._before is not None:
+            await self._before.wait()
+
+    # -- until the end -----------------------------------------------------------------------------------------
+
+    async def _until_end(self) -> tuple[Ending, int]:
+        assert self.container is not None
+        stopper = asyncio.create_task(self._stop_when_asked(), name=f"stop {self.name}")
+        try:
+            await self.gone.wait()
+        finally:
+            stopper.cancel()
+        try:
+            state = (await self._service.engine.inspect(self.container))["State"]
+        except Gone:
+            raise Failed("server", f"its container {self.name} was removed by someone else") from None
+        code = int(state["ExitCode"])
+        ending = ending_of(
+            code, oom=bool(state.get("OOMKilled")), memory=self.allocation.memory, released=self._released, stop=self._stop
+        )
+        return ending, code
+
+    async def _stop_when_asked(self) -> None:
+        await self._stopping.wait()
+        assert self.container is not None
+        engine, spec = self._service.engine, self._job.spec
+        await engine.kill(self.container, spec.stop_signal or "SIGTERM")
+        await asyncio.sleep(spec.stop_grace_period)
+        await engine.kill(self.container, "SIGKILL")
+
+    async def _discard(self) -> None:
+        """The program never ran: keep what the init said, remove the container."""
+        if self.container is None:
+            return
+        await self._service.engine.kill(self.container, "SIGKILL")
+
+    async def _close_log(self) -> None:
+        if self._log is not None:
+            await self._log
+        await self._service.close_log(self.job_id, self.number)
+
+
+def remove_control(directory: Path) -> None:
+    """Remove an attempt's control directory."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def install_init(source: Path, directory: Path) -> Path:
+    """Copy the init beside the state, named by its content: an upgrade leaves running containers their own."""
+    content = source.read_bytes()
+    target = directory / f"gpujobs-init-{hashlib.sha256(content).hexdigest()[:16]}"
+    if not target.exists():
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = target.with_suffix(".new")
+        temporary.write_bytes(content)
+        temporary.chmod(0o755)
+        temporary.replace(target)
+    return target
+
+
+def starting_state(job: Job, allocation: Allocation, attempt: int) -> Job:
+    """The job as it is when an attempt has been decided."""
+    return replace(job, state=jobs.Starting(allocation=allocation, attempt=attempt))
+
+
+def name_of(server: str, job: Job, attempt: int) -> str:
+    """The attempt's container name."""
+    return container_name(server, job.id, attempt)

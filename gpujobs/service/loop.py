@@ -1,0 +1,641 @@
+"""The one loop that owns the state: events come in, ``decide`` says what to do, it is committed, then done.
+
+    wake (a submission, an end, a GPU's change, a deadline)
+      → look at the GPUs, if a job waits for some
+      → decide                              pure
+      → commit                              the ledger, before anything is touched
+      → act                                 a task for each attempt
+
+Nothing here polls the queue. All of it runs in one asyncio thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gpujobs.adapters.engine import Engine, Gone, seen_of
+from gpujobs.adapters.logfile import LogWriter
+from gpujobs.adapters.mounts import MountSource
+from gpujobs.adapters.store import Ledger, Store
+from gpujobs.adapters.streams import Disconnected, EngineEvent, Reconnected, engine_events, follow_log
+from gpujobs.core import job as jobs
+from gpujobs.core.container import Image
+from gpujobs.core.decide import Host, Policy, Start, Stop, View, check_possible, decide, next_deadline, shape_of
+from gpujobs.core.endings import Ending
+from gpujobs.core.errors import GpujobsError, Unavailable, UnknownId
+from gpujobs.core.explain import Explainer
+from gpujobs.core.inventory import Inventory
+from gpujobs.core.job import Job, JobId, Owner
+from gpujobs.core.place import strangers
+from gpujobs.core.ports import Clock, GpuSource
+from gpujobs.core.queue import QueueState
+from gpujobs.core.reconcile import Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, foreign, reconcile
+from gpujobs.core.spec import JobSpec
+from gpujobs.service.access import Directory
+from gpujobs.service.attempts import Attempt, name_of, remove_control, starting_state
+from gpujobs.service.faults import fault
+from gpujobs.settings import Settings
+
+logger = logging.getLogger("gpujobs")
+
+RECHECK_SECONDS = 2.0
+"""While a GPU is kept from a waiting job by a process that is no job's: no event tells when that process ends."""
+
+WRITE_AGAIN_SECONDS = 2.0
+"""Between tries to write an end when the ledger's disk is full."""
+
+NVML_SECONDS = 15.0
+FRESH_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the server keeps what.
+
+    Attributes:
+        init: The init's binary, beside the state.
+        nodes: A private directory for the device probe.
+    """
+
+    state: Path
+    attempts: Path
+    logs: Path
+    pins: Path
+    nodes: Path
+    init: Path
+
+
+class Service:
+    """The server's state and everything that changes it."""
+
+    def __init__(
+        self, *, server_id: str, settings: Settings, paths: Paths, store: Store, engine: Engine, gpus: GpuSource,
+        mounts: MountSource, directory: Directory, clock: Clock, host: Host, timezone: str,
+    ) -> None:  # fmt: skip
+        self.id = server_id
+        self.settings = settings
+        self.paths = paths
+        self.store = store
+        self.engine = engine
+        self.mounts = mounts
+        self.directory = directory
+        self.clock = clock
+        self.timezone = timezone
+        self.ceilings = engine.ceilings()
+        self.inventory = Inventory(problem="the GPUs have not been looked at yet")
+        self._gpus = gpus
+        self._host = host
+        self._policy = Policy(memory_reserve=settings.memory_reserve)
+        self._queue = QueueState()
+        self._jobs: dict[JobId, Job] = {}
+        self._attempts: dict[JobId, Attempt] = {}
+        self._by_container: dict[str, JobId] = {}
+        self._strange: dict[str, Seen] = {}
+        self._logs: dict[tuple[JobId, int], LogWriter] = {}
+        self._notes: dict[JobId, str] = {}
+        self._writing = asyncio.Lock()
+        self._woken = asyncio.Event()
+        self._watchers: dict[int, set[asyncio.Event]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._nvml = ThreadPoolExecutor(1, thread_name_prefix="nvml")
+        self._looked_at = float("-inf")
+        self._last_started: Attempt | None = None
+        self.stopped = asyncio.Event()
+        self.notes: list[str] = [mounts.note] if mounts.note else []
+
+    # -- start-up and the loop ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Read the ledger, compare it with the Engine, take up what runs. Nothing new starts before that."""
+        await self.look(force=True)
+        for job in await self.store.read(lambda ledger: ledger.active()):
+            self._apply(job)
+        await self._reconcile()
+        for row in await self.store.read(lambda ledger: ledger.open_logs()):
+            self._spawn(self._finish_log(row), "log of an ended attempt")
+        self._spawn(self._watch_engine(), "engine events")
+        self._spawn(self._tidy(), "tidy")
+        self.wake()
+
+    async def run(self) -> None:
+        """Decide whenever something has happened, until :meth:`shut_down`."""
+        while not self.stopped.is_set():
+            await self._wait()
+            self._woken.clear()
+            if self.stopped.is_set():
+                return
+            try:
+                await self._step()
+            except Unavailable as error:
+                logger.error("nothing was decided: %s", error)
+                asyncio.get_running_loop().call_later(WRITE_AGAIN_SECONDS, self.wake)
+
+    async def _wait(self) -> None:
+        deadlines = [next_deadline(self._queue)]
+        if self._gpu_jobs_wait() and self._avoid_processes():
+            deadlines.append(self.clock.now() + RECHECK_SECONDS)
+        due = min((deadline for deadline in deadlines if deadline is not None), default=None)
+        try:
+            async with asyncio.timeout(None if due is None else max(0.0, due - self.clock.now())):
+                await self._woken.wait()
+        except TimeoutError:
+            return
+
+    async def shut_down(self) -> None:
+        """Let go of everything; containers go on."""
+        self.stopped.set()
+        self.wake()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for log in self._logs.values():
+            log.close()
+        await asyncio.get_running_loop().run_in_executor(self._nvml, self._gpus.close)
+        self._nvml.shutdown()
+
+    def wake(self) -> None:
+        """Something has happened that decisions may depend on."""
+        self._woken.set()
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s ended: %r", task.get_name(), error, exc_info=error)
+
+    # -- deciding ----------------------------------------------------------------------------------------------
+
+    def view(self) -> View:
+        """All that a decision may look at, now."""
+        avoid = dict(strangers(self.inventory))
+        avoid.update(self._leaving())
+        ours = frozenset(self._by_container)
+        avoid.update(foreign(self.id, self._strange.values(), ours, self.inventory, self.settings.runtime))
+        return View(queue=self._queue, inventory=self.inventory, host=self._host, policy=self._policy, avoid=avoid)
+
+    def _leaving(self) -> dict[str, str]:
+        """GPUs on which a job's processes still are that does not hold them any more: they pass on when these are gone."""
+        held = {str(job.id): set(job.allocation.gpus) for job in self._queue.active.values()}
+        found = {}
+        for gpu in self.inventory.gpus:
+            for uuid, processes in ((gpu.uuid, gpu.processes), *((mig.uuid, mig.processes) for mig in gpu.mig)):
+                for process in processes:
+                    if process.job is not None and uuid not in held.get(process.job, ()):
+                        found[uuid] = f"a process of job {process.job} is still on it (pid {process.pid})"
+        return found
+
+    def _avoid_processes(self) -> bool:
+        return bool(strangers(self.inventory) or self._leaving() or self.inventory.problem)
+
+    def _gpu_jobs_wait(self) -> bool:
+        return any(shape.gpus.count for shape in self._queue.lanes)
+
+    async def look(self, *, force: bool = False) -> Inventory:
+        """The GPUs; looked at again where the last look is older than a second, or ``force``."""
+        loop = asyncio.get_running_loop()
+        if not force and loop.time() - self._looked_at < FRESH_SECONDS:
+            return self.inventory
+        try:
+            async with asyncio.timeout(NVML_SECONDS):
+                self.inventory = await loop.run_in_executor(self._nvml, self._gpus.snapshot, self._locate)
+        except TimeoutError:
+            self.inventory = replace(self.inventory, gpus=(), problem=f"NVML did not answer in {NVML_SECONDS:g} s")
+        self._looked_at = loop.time()
+        return self.inventory
+
+    def _locate(self, container: str) -> str | None:
+        job = self._by_container.get(container)
+        return None if job is None else str(job)
+
+    def minors(self) -> dict[str, int]:
+        """The device file's number of every GPU, and of every MIG device's GPU, by UUID."""
+        numbers = {}
+        for gpu in self.inventory.gpus:
+            number = gpu.index if gpu.minor is None else gpu.minor
+            numbers[gpu.uuid] = number
+            numbers.update({mig.uuid: number for mig in gpu.mig})
+        return numbers
+
+    async def _step(self) -> None:
+        if self._gpu_jobs_wait():
+            await self.look(force=True)
+        async with self._writing:
+            decisions = decide(self.clock.now(), self.view())
+            if not decisions:
+                return
+            fault("decision-made")
+            ids = [d.job for d in decisions if isinstance(d, Start)]
+            waiting = await self.store.read(lambda ledger: {i: ledger.job(i) for i in ids})
+            begun: list[tuple[Job, dict[str, Any]]] = []
+            stops = [d for d in decisions if isinstance(d, Stop)]
+            now = self.clock.now()
+
+            def commit(ledger: Ledger) -> None:
+                begun.clear()
+                for decision in decisions:
+                    if isinstance(decision, Start):
+                        job = waiting[decision.job]
+                        assert job is not None
+                        begun.append(self._begin(ledger, job, decision, now))
+
+            await self.store.change(commit)
+            fault("decision-committed")
+            for job, row in begun:
+                self._apply(job)
+                self._start_attempt(job, row)
+        for stop in stops:
+            await self.stop(stop.job, stop.reason, stop.message)
+
+    def _begin(self, ledger: Ledger, job: Job, decision: Start, now: float) -> tuple[Job, dict[str, Any]]:
+        attempt = getattr(job.state, "attempt", 0) + 1
+        started = starting_state(job, decision.allocation, attempt)
+        name, nonce = name_of(self.id, job, attempt), secrets.token_hex(16)
+        choices = json.dumps([[c.uuid, c.chosen, c.reason] for c in decision.choices])
+        ledger.set_state(started)
+        ledger.add_attempt(started, name, nonce, decision.allocation, choices, now)
+        return started, {"attempt": attempt, "name": name, "nonce": nonce, "container": None, "image": ""}
+
+    def _start_attempt(self, job: Job, row: dict[str, Any]) -> Attempt:
+        before = None
+        if job.spec.gpus.count:
+            before, self._last_started = self._last_started, None
+        attempt = Attempt(self, job, row, None if before is None else before.started)
+        if job.spec.gpus.count:
+            self._last_started = attempt
+        self._attempts[job.id] = attempt
+        if attempt.container is not None:
+            self._by_container[attempt.container] = job.id
+        self._spawn(attempt.run(), f"attempt {attempt.name}")
+        return attempt
+
+    # -- changes of state --------------------------------------------------------------------------------------
+
+    def _apply(self, job: Job) -> None:
+        if isinstance(job.state, jobs.Active):
+            self._jobs[job.id] = job
+        else:
+            self._jobs.pop(job.id, None)
+        self._queue = self._queue.apply(job, shape_of(job.spec, self.inventory, self._host, self._policy))
+        for event in self._watchers.get(job.id.number, ()):
+            event.set()
+
+    async def _change(
+        self, job_id: JobId, to: Callable[[Job], jobs.State | None], also: Callable[[Ledger], None] | None = None
+    ) -> Job:
+        """Bring a job into another state, on disk first; ``to`` answers None where it should stay as it is."""
+        async with self._writing:
+            job = self._jobs.get(job_id) or await self.job(job_id)
+            state = to(job)
+            if state is None:
+                return job
+            changed = job.to(state)
+
+            def commit(ledger: Ledger) -> None:
+                ledger.set_state(changed)
+                if also is not None:
+                    also(ledger)
+
+            await self.store.change(commit)
+            self._apply(changed)
+        return changed
+
+    async def _must(self, work: Callable[[], Any]) -> None:
+        """Write what has happened already, however long the ledger's disk is full."""
+        while True:
+            try:
+                await work()
+            except Unavailable as error:
+                logger.error("%s; it will be tried again", error)
+                await asyncio.sleep(WRITE_AGAIN_SECONDS)
+            else:
+                return
+
+    async def pulling(self, job_id: JobId) -> None:
+        """Its image is being fetched."""
+
+        def to(job: Job) -> jobs.State | None:
+            state = job.state
+            if not isinstance(state, jobs.Starting):
+                return None
+            return jobs.Pulling(allocation=state.allocation, attempt=state.attempt)
+
+        await self._must(lambda: self._change(job_id, to))
+
+    async def starting(self, job_id: JobId) -> None:
+        """Its image is there."""
+
+        def to(job: Job) -> jobs.State | None:
+            state = job.state
+            if not isinstance(state, jobs.Pulling):
+                return None
+            return jobs.Starting(allocation=state.allocation, attempt=state.attempt)
+
+        await self._must(lambda: self._change(job_id, to))
+
+    async def made(self, job_id: JobId, attempt: int, container: str, config: str, image: Image) -> None:
+        """Its container exists."""
+        self._by_container[container] = job_id
+        self._strange.pop(container, None)
+        await self._must(
+            lambda: self.store.change(
+                lambda ledger: ledger.on_attempt(
+                    "set_attempt_container", job_id, attempt, config=config, container=container, image=image.id,
+                    digest=image.digest,
+                )  # fmt: skip
+            )
+        )
+
+    async def released(self, job_id: JobId, attempt: int) -> None:
+        """Its program is about to run."""
+        now = self.clock.now()
+
+        def to(job: Job) -> jobs.State | None:
+            state = job.state
+            if not isinstance(state, jobs.Starting):
+                return None
+            return jobs.Running(allocation=state.allocation, attempt=state.attempt, started_at=now)
+
+        await self._must(
+            lambda: self._change(
+                job_id, to, lambda ledger: ledger.on_attempt("set_attempt_started", job_id, attempt, started_at=now)
+            )
+        )
+        self.wake()  # a time limit began
+
+    async def end(self, job_id: JobId, ending: Ending, exit_code: int | None) -> None:
+        """It is over; what it held is free."""
+        now = self.clock.now()
+        attempt = self._attempts[job_id]
+
+        def to(job: Job) -> jobs.State | None:
+            state = job.state
+            if not isinstance(state, jobs.Active):
+                return None
+            return jobs.Ended(
+                outcome=ending.outcome, attempt=state.attempt, started_at=getattr(state, "started_at", None), ended_at=now,
+                exit_code=exit_code, gpus=state.allocation.gpus, reason=ending.reason, message=ending.message,
+            )  # fmt: skip
+
+        await self._must(
+            lambda: self._change(
+                job_id, to,
+                lambda ledger: ledger.on_attempt(
+                    "set_attempt_ended", job_id, attempt.number, ended_at=now, exit_code=exit_code, reason=ending.reason,
+                    message=ending.message,
+                ),
+            )  # fmt: skip
+        )
+        self._attempts.pop(job_id, None)
+        self._notes.pop(job_id, None)
+        self.wake()
+
+    async def note(self, job_id: JobId, message: str) -> None:
+        """What an active job is waiting for, shown with its row."""
+        self._notes[job_id] = message
+
+    # -- what people ask for -----------------------------------------------------------------------------------
+
+    async def submit(self, owner: Owner, files: list[tuple[str, str, list[tuple[int | None, JobSpec]]]]) -> list[list[Job]]:
+        """Take the jobs of files (name, text, specifications) in: all are on disk when this returns, or none.
+
+        Raises:
+            Refused: One of them can never run here.
+            Unavailable: The ledger could not be written.
+        """
+        await self.look()
+        view = self.view()
+        shapes = {shape_of(spec, self.inventory, self._host, self._policy) for _, _, specs in files for _, spec in specs}
+        for shape in shapes:
+            check_possible(shape, view)
+        fault("submission-received")
+        now = self.clock.now()
+        made = await self.store.change(
+            lambda ledger: [ledger.submit(owner, now, file, text, specs) for file, text, specs in files]
+        )
+        fault("submission-committed")
+        for group in made:
+            for job in group:
+                self._apply(job)
+        self.wake()
+        return made
+
+    async def stop(self, job_id: JobId, reason: str, message: str) -> Job:
+        """End a job, waiting or active; answered once that is recorded."""
+
+        def to(job: Job) -> jobs.State | None:
+            state = job.state
+            if isinstance(state, jobs.Queued):
+                return jobs.Ended(
+                    outcome="cancelled" if reason == "cancelled" else "failed", attempt=0, started_at=None,
+                    ended_at=self.clock.now(), exit_code=None, reason=reason, message=message,
+                )  # fmt: skip
+            if isinstance(state, jobs.Pulling | jobs.Starting | jobs.Running):
+                return jobs.Stopping(
+                    allocation=state.allocation, attempt=state.attempt, started_at=getattr(state, "started_at", None),
+                    reason=reason, message=message,
+                )  # fmt: skip
+            return None
+
+        job = await self._change(job_id, to)
+        fault("cancel-committed")
+        if (attempt := self._attempts.get(job_id)) is not None and isinstance(job.state, jobs.Stopping):
+            attempt.stop(job.state.reason, job.state.message)
+        self.wake()
+        return job
+
+    async def job(self, job_id: JobId) -> Job:
+        """One job.
+
+        Raises:
+            UnknownId: There is none of that id.
+        """
+        job = self._jobs.get(job_id) or await self.store.read(lambda ledger: ledger.job(job_id))
+        if job is None:
+            raise UnknownId(f"there is no job {job_id}", hint="`gpujobs ps --all` lists all of them.")
+        return job
+
+    async def named(self, text: str) -> list[Job]:
+        """The jobs that an id stands for: itself, or all elements of an array.
+
+        Raises:
+            UnknownId: There are none.
+        """
+        job_id = JobId.parse(text)
+        if job_id.index is not None:
+            return [await self.job(job_id)]
+        found = await self.store.read(lambda ledger: ledger.submission(job_id.number))
+        if not found:
+            raise UnknownId(f"there is no job {job_id}", hint="`gpujobs ps --all` lists all of them.")
+        return found
+
+    def explainer(self) -> Explainer:
+        """Why jobs wait, as things are now."""
+        return Explainer(self.view())
+
+    def note_of(self, job_id: JobId) -> str:
+        """What an active job is waiting for; empty for nothing."""
+        return self._notes.get(job_id, "")
+
+    def watch(self, number: int) -> asyncio.Event:
+        """An event that is set at each change of a submission's jobs; give it back with :meth:`unwatch`."""
+        event = asyncio.Event()
+        self._watchers.setdefault(number, set()).add(event)
+        return event
+
+    def unwatch(self, number: int, event: asyncio.Event) -> None:
+        """No longer tell this event."""
+        group = self._watchers.get(number, set())
+        group.discard(event)
+        if not group:
+            self._watchers.pop(number, None)
+
+    # -- logs --------------------------------------------------------------------------------------------------
+
+    def log_path(self, job_id: JobId, attempt: int) -> Path:
+        """Where an attempt's log is kept."""
+        number, index = job_id.key
+        return self.paths.logs / str(number) / f"{index}.{attempt}.log"
+
+    def log_of(self, job_id: JobId, attempt: int) -> LogWriter:
+        """The open log of an attempt."""
+        key = (job_id, attempt)
+        if key not in self._logs:
+            path = self.log_path(job_id, attempt)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._logs[key] = LogWriter(path)
+        return self._logs[key]
+
+    def open_log(self, job_id: JobId, attempt: int) -> LogWriter | None:
+        """The writer of a log that is being written; None where it is complete."""
+        return self._logs.get((job_id, attempt))
+
+    async def close_log(self, job_id: JobId, attempt: int) -> None:
+        """All that the container wrote is stored."""
+        if (log := self._logs.pop((job_id, attempt), None)) is not None:
+            log.close()
+        await self._must(lambda: self.store.change(lambda ledger: ledger.on_attempt("close_log", job_id, attempt)))
+        for event in self._watchers.get(job_id.number, ()):
+            event.set()
+
+    async def _finish_log(self, row: dict[str, Any]) -> None:
+        job_id = JobId.of_key(row["number"], row["idx"])
+        await follow_log(self.engine.host, row["container"], self.log_of(job_id, row["attempt"]))
+        await self.close_log(job_id, row["attempt"])
+
+    # -- the Engine --------------------------------------------------------------------------------------------
+
+    async def _watch_engine(self) -> None:
+        async for event in engine_events(self.engine.host, self.clock.now(), {"type": ["container"]}):
+            if isinstance(event, EngineEvent):
+                await self._engine_event(event)
+            elif isinstance(event, Reconnected):
+                await self._reconcile()
+                self.wake()
+            elif isinstance(event, Disconnected):
+                logger.warning("the Engine does not answer: %s", event.reason)
+
+    async def _engine_event(self, event: EngineEvent) -> None:
+        job_id = self._by_container.get(event.id)
+        if job_id is None:
+            await self._strange_event(event)
+        elif event.action in ("die", "destroy") and (attempt := self._attempts.get(job_id)) is not None:
+            attempt.gone.set()
+
+    async def _strange_event(self, event: EngineEvent) -> None:
+        if event.action in ("create", "start"):
+            try:
+                seen = seen_of(await self.engine.inspect(event.id))
+            except Gone:
+                return
+            if seen.id not in self._by_container and seen.labels.get("gpujobs.server") != self.id:
+                self._strange[seen.id] = seen
+        elif event.action in ("die", "destroy"):
+            if event.action == "destroy":
+                self._strange.pop(event.id, None)
+            elif (known := self._strange.get(event.id)) is not None:
+                self._strange[event.id] = replace(known, state="exited")
+            self.wake()
+
+    async def _reconcile(self) -> None:
+        """Compare ledger and Engine and act on every difference, by the table of core.reconcile."""
+        seen = await self.engine.containers()
+        rows = await self.store.read(lambda ledger: ledger.kept())
+        recorded = [
+            Recorded(
+                job=JobId.of_key(row["number"], row["idx"]), attempt=row["attempt"], name=row["name"], nonce=row["nonce"],
+                config=row["config"], state=row["state"], active=bool(row["active"]),
+            )
+            for row in rows
+        ]  # fmt: skip
+        by_job = {JobId.of_key(row["number"], row["idx"]): row for row in rows if row["active"]}
+        ours = {row["name"] for row in rows}
+        self._strange = {c.id: c for c in seen if c.name not in ours}
+        for action in reconcile(self.id, recorded, seen):
+            await self._settle(action, by_job, {c.id: c for c in seen})
+
+    async def _settle(self, action: Any, rows: dict[JobId, dict[str, Any]], seen: dict[str, Seen]) -> None:
+        if isinstance(action, Resume | Adopt):
+            row = dict(rows[action.job])
+            if isinstance(action, Adopt):
+                row["container"] = action.container
+            attempt = self._attempts.get(action.job) or self._start_attempt(self._jobs[action.job], row)
+            if isinstance(action, Adopt) and seen[action.container].state in ("exited", "dead"):
+                attempt.gone.set()
+        elif isinstance(action, Lost):
+            if (running := self._attempts.get(action.job)) is not None:
+                running.gone.set()
+            else:
+                row = rows[action.job]
+                self._attempts[action.job] = Attempt(self, self._jobs[action.job], row, None)
+                await self.end(action.job, Ending(outcome="failed", reason="server", message=action.message), None)
+        elif isinstance(action, Forget):
+            await self.store.change(
+                lambda ledger: ledger.on_attempt("set_removed", action.job, action.attempt)
+            )
+        elif isinstance(action, Kill):
+            logger.warning("container %s runs without a job: it is ended", action.name)
+            await self.engine.kill(action.container, "SIGKILL")
+
+    # -- tidying up --------------------------------------------------------------------------------------------
+
+    async def mounts_gone(self, name: str) -> None:
+        """An attempt's container has ended: its pins go."""
+        for pin in self.mounts.list():
+            if pin.startswith(f"{name}-"):
+                await self.mounts.unpin(pin)
+
+    async def _tidy(self) -> None:
+        """Remove ended containers when they have been kept long enough."""
+        while True:
+            now, keep = self.clock.now(), self.settings.keep_ended
+            for row in await self.store.read(lambda ledger: ledger.expired(now - keep)):
+                await self._remove(row)
+            oldest = await self.store.read(lambda ledger: ledger.next_expiry())
+            due = keep if oldest is None else max(1.0, oldest + keep - now)
+            await asyncio.sleep(min(due, 3600.0) if keep else 1.0)
+
+    async def _remove(self, row: dict[str, Any]) -> None:
+        job_id = JobId.of_key(row["number"], row["idx"])
+        try:
+            if row["container"] is not None:
+                await self.engine.remove(row["container"])
+            fault("container-removed")
+            remove_control(self.paths.attempts / row["name"])
+            await self.store.change(lambda ledger: ledger.on_attempt("set_removed", job_id, row["attempt"]))
+        except GpujobsError as error:
+            logger.warning("container %s was not removed: %s", row["name"], error)
+            return
+        if row["container"] is not None:
+            self._by_container.pop(row["container"], None)

@@ -1,0 +1,360 @@
+"""Assembly: builds the server of its parts, runs it, and starts one for a user where none answers."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import grp
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gpujobs import init, places, settings as configuration
+from gpujobs.adapters import enginelock
+from gpujobs.adapters.engine import Engine, EngineInfo, default_host
+from gpujobs.adapters.mounts import Mounts, MountSource, PlainMounts
+from gpujobs.adapters.nvml import Nvml
+from gpujobs.adapters.store import Ledger, Store
+from gpujobs.core.decide import Host
+from gpujobs.core.errors import GpujobsError, InvalidInput, Refused, Unavailable
+from gpujobs.core.ports import GpuSource
+from gpujobs.service.access import Directory, peer_of
+from gpujobs.service.api import application
+from gpujobs.service.attempts import install_init
+from gpujobs.service.loop import Paths, Service
+from gpujobs.simulated import SimulatedGpus, load as load_machine
+
+logger = logging.getLogger("gpujobs")
+
+START_SECONDS = 30.0
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+
+class PeerProtocol(H11Protocol):
+    """uvicorn's protocol, which tells the application whose connection it is: ASGI has no place for that."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Read the peer's credentials once, when it connects."""
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "peer": peer_of(transport.get_extra_info("socket"))}
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without signal handlers: ours end it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+def serve(config: Path | None = None, simulate: Path | None = None, speed: float | None = None) -> int:
+    """Run a server until SIGTERM or SIGINT; returns its exit code.
+
+    Raises:
+        GpujobsError: It cannot start; nothing was changed.
+    """
+    if speed is not None:
+        raise InvalidInput("--speed: not supported by this server", hint="Leave it out: containers run at their own speed.")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    os.umask(0o077)
+    return asyncio.run(_serve(config, simulate))
+
+
+async def _serve(config: Path | None, simulate: Path | None) -> int:
+    environ = os.environ
+    given = config or (places.SYSTEM_SETTINGS if os.geteuid() == 0 and places.SYSTEM_SETTINGS.exists() else None)
+    settings = configuration.load(given)
+    state = places.server_state(environ)
+    address = places.socket_of(host) if (host := environ.get("GPUJOBS_HOST")) else places.server_socket(environ)
+    paths = _make_places(state)
+    mounts: MountSource = await _mounts(paths, state)
+    with _one_server(state), _announced(state, address) as ended:
+        engine = Engine(default_host(environ))
+        info = await engine.info()
+        gpus: GpuSource = SimulatedGpus(load_machine(simulate)) if simulate is not None else Nvml()
+        if simulate is None and settings.runtime not in info.runtimes:
+            logger.warning("the Engine has no runtime %r: jobs with GPUs will not start", settings.runtime)
+        holder = None if simulate is not None else await enginelock.acquire(engine)
+        store = Store(state / "state.sqlite")
+        try:
+            service = await _assemble(store, settings, paths, engine, info, gpus, mounts)
+            listener = _listen(address)
+            try:
+                await _until_stopped(service, listener, address)
+            finally:
+                address.unlink(missing_ok=True)
+        finally:
+            store.close()
+            if holder is not None:
+                await enginelock.release(engine, holder)
+            engine.close()
+            await mounts.close()
+        ended()
+    return 0
+
+
+async def _mounts(paths: Paths, state: Path) -> MountSource:
+    if os.geteuid() != 0:
+        return await PlainMounts.start(forbidden=(state,))
+    return await Mounts.start(paths.pins, forbidden=(state, places.SYSTEM_RUN))
+
+
+async def _assemble(
+    store: Store, settings: configuration.Settings, paths: Paths, engine: Engine, info: EngineInfo, gpus: GpuSource,
+    mounts: MountSource,
+) -> Service:  # fmt: skip
+    server_id = await store.change(_server_id)
+    only = None if os.geteuid() == 0 else os.geteuid()
+    service = Service(
+        server_id=server_id, settings=settings, paths=paths, store=store, engine=engine, gpus=gpus, mounts=mounts,
+        directory=Directory(settings.admins, only), clock=SystemClock(),
+        host=Host(cpus=float(info.cpus), memory=info.memory), timezone=_timezone(os.environ),
+    )  # fmt: skip
+    await service.start()
+    return service
+
+
+def _server_id(ledger: Ledger) -> str:
+    known = ledger.meta("server")
+    if known is None:
+        known = secrets.token_hex(4)
+        ledger.set_meta("server", known)
+    return known
+
+
+def _timezone(environ: Mapping[str, str]) -> str:
+    if zone := environ.get("TZ"):
+        return zone
+    try:
+        target = os.readlink("/etc/localtime")
+    except OSError:
+        return ""
+    return target.partition("zoneinfo/")[2]
+
+
+async def _until_stopped(service: Service, listener: socket.socket, address: Path) -> None:
+    loop = asyncio.get_running_loop()
+    http = HttpServer(
+        uvicorn.Config(
+            application(service), http=PeerProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=65536,
+        )  # fmt: skip
+    )
+
+    def stop() -> None:
+        http.should_exit = True
+        service.stopped.set()
+        service.wake()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+    deciding = asyncio.create_task(service.run(), name="loop")
+    print(f"listening on unix://{address}", flush=True)
+    done, _ = await asyncio.wait({serving, deciding}, return_when=asyncio.FIRST_COMPLETED)
+    stop()
+    await asyncio.gather(serving, deciding)
+    await service.shut_down()
+    for task in done:
+        task.result()
+
+
+def _make_places(state: Path) -> Paths:
+    run = places.SYSTEM_RUN if os.geteuid() == 0 else state
+    try:
+        for directory in (state, state / "attempts", state / "logs", state / "bin"):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)
+        pins, nodes = run / "pins", run / "nodes"
+        run.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for directory in (pins, nodes):
+            directory.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"the state directory {state} cannot be made: {error.strerror}: {error.filename}") from error
+    try:
+        binary = install_init(init.binary(), state / "bin")
+    except FileNotFoundError as error:
+        raise Unavailable(str(error)) from error
+    return Paths(state=state, attempts=state / "attempts", logs=state / "logs", pins=pins, nodes=nodes, init=binary)
+
+
+@contextmanager
+def _one_server(state: Path) -> Iterator[None]:
+    """Hold the lock of a state directory: two servers would both write its ledger."""
+    lock = os.open(state / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            record = _record(state)
+            raise Refused(
+                f"another server (pid {record.get('pid', '?')}, uid {record.get('uid', '?')}) uses the state directory {state}",
+                hint="Use that server, or set GPUJOBS_STATE.",
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _announced(state: Path, address: Path) -> Iterator[Any]:
+    """Write down that a server runs here, and, if it ends in order, that it did."""
+    path = state / "server.json"
+    before = _record(state)
+    record = {"pid": os.getpid(), "uid": os.getuid(), "boot": enginelock.boot_id(), "socket": str(address), "clean": False}
+
+    def write(content: dict[str, Any]) -> None:
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(path)
+
+    write(record)
+    try:
+        yield lambda: write({**record, "clean": True})
+    except GpujobsError:
+        write(before or {**record, "clean": True})  # it never served: whatever was true before still is
+        raise
+
+
+def _record(state: Path) -> dict[str, Any]:
+    try:
+        data = json.loads((state / "server.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _listen(address: Path) -> socket.socket:
+    """Bind the socket: root's is the group's where there is one, anybody else's is their own."""
+    try:
+        address.parent.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        with places.short_path(address) as name:
+            _refuse_answering(name, address)
+            address.unlink(missing_ok=True)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            listener.bind(name)
+        if os.geteuid() == 0 and (group := _group()) is not None:
+            os.chown(address, 0, group)
+            address.chmod(0o660)
+        else:
+            address.chmod(0o600)
+        listener.listen(1024)
+    except OSError as error:
+        raise Unavailable(f"the socket {address} cannot be made: {error.strerror}") from error
+    return listener
+
+
+def _group() -> int | None:
+    try:
+        return grp.getgrnam(places.GROUP).gr_gid
+    except KeyError:
+        return None
+
+
+def _refuse_answering(name: str, address: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(name)
+        except OSError:
+            return
+        peer = peer_of(probe)
+    raise Refused(f"a server (pid {peer.pid}, uid {peer.uid}) answers at {address} already", hint="Use that one.")
+
+
+def ensure_server(environ: Mapping[str, str] | None = None) -> str | None:
+    """Start a server for this user where none answers; returns the sentence that says so.
+
+    Only where no system server is installed, and this user may use Docker. A server that ended without saying so
+    is not started again behind its user's back: its last words are shown instead.
+
+    Raises:
+        Unavailable: It may not, or did not, start.
+    """
+    environ = os.environ if environ is None else environ
+    state = places.server_state(environ)
+    if os.geteuid() != 0:
+        for installed in (places.SYSTEM_SETTINGS, places.system_socket()):
+            if os.path.lexists(installed):
+                raise Unavailable(
+                    f"the server of this machine does not answer ({installed} is there)",
+                    hint="Ask its administrator: `systemctl status gpujobs`.",
+                )
+    if os.geteuid() == 0 and places.SYSTEM_SETTINGS.exists():
+        raise Unavailable("the server of this machine does not run", hint="Start it: `systemctl start gpujobs`.")
+    record = _record(state)
+    if record.get("clean") is False and record.get("boot") == enginelock.boot_id():
+        raise Unavailable(
+            f"the server (pid {record.get('pid')}) ended without being stopped. Its last lines:\n{_last_lines(state)}",
+            hint="Containers go on. Start it again and look at what it says: `gpujobs serve`.",
+        )
+    _may_use_docker(environ)
+    _spawn(state, environ)
+    return f"started a server (state in {state}); it goes on after this command, `gpujobs show` and the others use it"
+
+
+def _may_use_docker(environ: Mapping[str, str]) -> None:
+    async def ask() -> None:
+        engine = Engine(default_host(environ))
+        try:
+            await engine.info()
+        finally:
+            engine.close()
+
+    try:
+        asyncio.run(ask())
+    except Unavailable as error:
+        raise Unavailable(f"no gpujobs server answers, and none was started: {error.message}", hint=error.hint) from error
+
+
+def _last_lines(state: Path, count: int = 10) -> str:
+    try:
+        lines = (state / "server.log").read_text(errors="backslashreplace").splitlines()
+    except OSError:
+        return "  (it left no log here)"
+    return "\n".join(f"  {line}" for line in lines[-count:])
+
+
+def _spawn(state: Path, environ: Mapping[str, str]) -> None:
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log = os.open(state / "server.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpujobs", "serve"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+            start_new_session=True, cwd="/", env=dict(environ),
+        )  # fmt: skip
+    finally:
+        os.close(log)
+    assert process.stdout is not None
+    watchdog = signal.signal(signal.SIGALRM, lambda *_: process.kill())
+    signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
+    try:
+        line = process.stdout.readline()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, watchdog)
+        process.stdout.close()
+    if not line.startswith(b"listening on "):
+        code = process.wait()
+        raise Unavailable(f"the server did not start (exit {code}). Its last lines:\n{_last_lines(state)}")
+    process.returncode = 0  # it stays: nobody here waits for it

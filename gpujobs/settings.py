@@ -1,0 +1,60 @@
+"""The server's settings: ``/etc/gpujobs/server.yaml`` or ``--config FILE``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from annotated_types import Ge, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
+
+from gpujobs.core.errors import InvalidInput, Problem
+
+_CONFIG = ConfigDict(extra="forbid", strict=False)
+
+
+@validated(frozen=True, kw_only=True, config=_CONFIG)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an administrator can set; each default is what an absent key means.
+
+    Attributes:
+        runtime: The OCI runtime that gives containers their GPUs.
+        keep_ended: Seconds for which an ended job's container is kept.
+        memory_reserve: The part of the host's memory that is given to no job, 0-1.
+        admins: Accounts that may act on everybody's jobs, besides root.
+    """
+
+    runtime: str = "nvidia"
+    keep_ended: Annotated[float, Ge(0)] = 86400.0
+    memory_reserve: Annotated[float, Ge(0), Lt(1)] = 0.1
+    admins: tuple[str, ...] = ()
+
+
+_ADAPTER = TypeAdapter(Settings)
+
+
+def load(path: Path | None) -> Settings:
+    """The settings of a file; the defaults where there is none.
+
+    Raises:
+        InvalidInput: It cannot be read or says something that is not allowed; nothing of it is used.
+    """
+    if path is None:
+        return Settings()
+    try:
+        data = yaml.safe_load(path.read_text())
+        return _ADAPTER.validate_python(data or {})
+    except OSError as error:
+        raise InvalidInput(f"the settings {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"the settings {path} are no YAML: {error}") from error
+    except ValidationError as error:
+        problems = tuple(
+            Problem(str(path), 0, 0, ".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()
+        )
+        raise InvalidInput(f"the settings {path} are not valid", hint="docs/operations.md lists them.",
+                           problems=problems) from error  # fmt: skip

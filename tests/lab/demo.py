@@ -1,0 +1,63 @@
+"""``make demo``: sets everything up and runs the main job as a user would; the GPUs are real where there are some."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.lab import __main__ as lab
+from tests.lab import accounts, engine
+
+ROOT = Path(__file__).resolve().parents[2]
+GPUJOBS = ROOT / ".venv/bin/gpujobs"
+STATE = engine.LIB / "demo"
+SOCKET = engine.RUN / "demo.sock"
+
+
+def say(text: str) -> None:
+    """Print a line of the demo's own."""
+    print(f"\n== {text}", flush=True)
+
+
+def gpujobs(*arguments: str, environment: dict[str, str]) -> int:
+    """Run a command as it would be typed, showing it first."""
+    print(f"\n$ gpujobs {' '.join(arguments)}", flush=True)
+    return subprocess.run([GPUJOBS, *arguments], env=environment, check=False, cwd=ROOT).returncode
+
+
+def main() -> int:
+    """Set up, serve, submit, watch; 0 when the job succeeded."""
+    if os.geteuid() != 0:
+        print("make demo needs root: it starts a Docker Engine and a server for all accounts.", file=sys.stderr)
+        return 1
+    if lab.up() != 0:
+        return 1
+    found = engine.ensure()
+    if found.simulated:
+        say("SIMULATED: this machine has no GPU. NVML and the nvidia runtime are stand-ins; the Engine, the containers,\n"
+            "== the isolation of device nodes and the training are real. No figure here is a GPU's.")
+    environment = {**os.environ, **lab.environment(found), "GPUJOBS_HOST": f"unix://{SOCKET}", "GPUJOBS_STATE": str(STATE)}
+    user = accounts.ensure()[0].name
+    serving = subprocess.Popen([GPUJOBS, "serve"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert serving.stdout is not None
+    assert serving.stderr is not None
+    try:
+        if not serving.stdout.readline().startswith("listening on"):
+            print(serving.stderr.read(), file=sys.stderr)
+            return 1
+        say(f"a server runs; a job is submitted for the account {user}, which is in no docker group")
+        code = gpujobs("run", "--run-as", user, "examples/train/job.yaml", environment=environment)
+        gpujobs("gpus", environment=environment)
+        gpujobs("ps", "--all", environment=environment)
+    finally:
+        serving.terminate()
+        serving.wait(timeout=30)
+        engine.stop()
+    say("finished" + (" (SIMULATED GPUs)" if found.simulated else "") if code == 0 else f"the job ended with code {code}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
