@@ -46,10 +46,12 @@ def load(path: Path | None) -> Settings:
     if path is None:
         return Settings()
     try:
-        data = yaml.safe_load(path.read_text())
-        return _ADAPTER.validate_python(data or {})
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _ADAPTER.validate_python({} if data is None else data)
     except OSError as error:
         raise InvalidInput(f"the settings {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"the settings {path} are not UTF-8: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise InvalidInput(f"the settings {path} are no YAML: {error}") from error
     except ValidationError as error:

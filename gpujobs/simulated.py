@@ -358,8 +358,11 @@ def _links(
         if len(parts) != 3:
             reader.wrong(item, path, "expected [index, index, number of NVLinks]")
             continue
+        known = len(reader.problems)
         a, b = (_index(reader, *part, gpus) for part in parts[:2])
         count = reader.integer(*parts[2], 0, 64)
+        if len(reader.problems) > known:
+            continue
         if a == b:
             reader.wrong(item, path, "a GPU has no link to itself")
         else:

@@ -4,11 +4,13 @@ All paths are below ``/v1``. Errors are ``{code, exit, message, hint, problems: 
 
     GET  /v1/server                     who answers
     POST /v1/jobs                       Submission -> {"jobs": [{"id"}], "count", "message"}
+    POST /v1/plan                       Submission -> the plan of its first job, with "jobs" and "others"
     GET  /v1/jobs?all=0|1&limit=N       {"jobs": [row]}
     GET  /v1/jobs/ID                    {"jobs": [row + spec, container, attempts]}
     GET  /v1/jobs/ID/watch              rows as JSON lines, one at each change, until all have ended
     GET  /v1/jobs/ID/logs?follow=&tail=&since=&attempt=   frames of gpujobs.logwire
     POST /v1/jobs/ID/cancel             {"jobs": [row]}
+    POST /v1/jobs/ID/rerun              like a submission
     GET  /v1/gpus                       the inventory and who has what
 """
 

@@ -318,7 +318,7 @@ def seen_of(data: Mapping[str, Any]) -> Seen:
     requests_ = [
         (int(request.get("Count") or 0), tuple(request.get("DeviceIDs") or ()))
         for request in host.get("DeviceRequests") or []
-        if request.get("Driver") in ("", "nvidia", None)
+        if request.get("Driver") in ("", "nvidia", "cdi", None)
         or any("gpu" in group for group in request.get("Capabilities") or [])
     ]
     return Seen(

@@ -43,7 +43,7 @@ class Holder:
             nonce=secrets.token_hex(16),
             pid=os.getpid(),
             uid=os.getuid(),
-            start=start_time(os.getpid()) or 0,
+            start=int(_stat(os.getpid())[_START]),
             boot=boot_id(),
             namespace=os.readlink("/proc/self/ns/pid"),
         )
@@ -79,8 +79,10 @@ class Holder:
             return False
         except PermissionError:
             pass
-        found = start_time(self.pid)
-        return found is None or found == self.start
+        fields = _stat(self.pid)
+        if not fields:
+            return True
+        return int(fields[_START]) == self.start and fields[_STATE] not in "ZX"  # a zombie holds nothing
 
 
 def boot_id() -> str:
@@ -88,13 +90,17 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since the boot (field 22 of proc(5)'s stat); None where hidden."""
+_STATE, _START = 0, 19
+"""Fields 3 and 22 of proc(5)'s stat, counted after the name: the state's letter, the start in ticks since the boot."""
+
+
+def _stat(pid: int) -> list[str]:
+    """What /proc says of a process after its name; empty where that is hidden or it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return None
-    return int(text.rpartition(")")[2].split()[19])
+        return []
+    return text.rpartition(")")[2].split()
 
 
 async def acquire(engine: Engine) -> Holder:
@@ -112,6 +118,8 @@ async def holds(engine: Engine, mine: Holder) -> bool:
     """Whether the lock is still this process's: somebody may have pruned it; then it is made again."""
 
     def check(client: docker.APIClient) -> bool:
+        if any(holder is not None and holder.nonce == mine.nonce for holder in _volumes(client).values()):
+            return True
         try:
             _acquire(client, mine)
         except Refused:
@@ -122,19 +130,26 @@ async def holds(engine: Engine, mine: Holder) -> bool:
 
 
 def _acquire(client: docker.APIClient, mine: Holder) -> None:
+    """Make the next volume, and look again: the lock is ours where ours is there and no other holder lives.
+
+    Who looked long ago may make a volume beside a newer holder's. The later look of the two sees both, and gives way.
+    """
     while True:
         taken = _volumes(client)
-        newest = max(taken, default=None)
-        if newest is not None and (holder := taken[newest]) is not None and holder.alive():
-            if holder.nonce != mine.nonce:
-                raise _held(holder)
+        own = [number for number, holder in taken.items() if holder is not None and holder.nonce == mine.nonce]
+        others = {n: holder for n, holder in taken.items() if holder is not None and holder.nonce != mine.nonce}
+        if living := [holder for _, holder in sorted(others.items()) if holder.alive()]:
+            for number in own:
+                _remove(client, f"gpujobs-lock-{number}")
+            raise _held(living[0])
+        if own:
             break
-        number = 1 if newest is None else newest + 1
+        number = max(taken, default=0) + 1
         made = client.create_volume(f"gpujobs-lock-{number}", labels=mine.labels())
         holder = Holder.of(made.get("Labels") or {})
         if holder is not None and holder.nonce != mine.nonce and holder.alive():
             raise _held(holder)
-    for number, _ in sorted(_volumes(client).items())[:-1]:
+    for number in others:
         _remove(client, f"gpujobs-lock-{number}")
 
 

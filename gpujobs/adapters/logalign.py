@@ -89,7 +89,7 @@ async def index(log: LogWriter, position: int) -> Index:
     wanted = INDEX_RECORDS
     while True:
         found: list[_Digest] = []
-        whole = False
+        whole = log.end == 0
         expected = log.end
         for batch in log.backward():
             first, record = batch[0]

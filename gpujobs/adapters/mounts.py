@@ -40,9 +40,7 @@ _START_LIMIT = 15.0
 _GRACE = 5.0  # beyond the helper's own limit, after which the helper itself must be stuck
 _BUFFER = 256 * 1024
 _ROOT = Path(__file__).resolve().parents[2]
-_PROGRAM = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); from gpujobs.adapters.mounts_helper import main; "
-)
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from gpujobs.adapters.mounts_helper import main; "
 
 
 class MountHeld(Unavailable):
@@ -83,6 +81,10 @@ class MountSource(Protocol):
     @property
     def note(self) -> str:
         """How mounts are made here, in a sentence for people."""
+
+    @property
+    def read_only_itself(self) -> bool:
+        """Whether a read-only pin is so by itself: the Engine's own remount would drop nosuid and nodev from it."""
 
     async def pin(self, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
         """Make ``source`` ready as a bind mount's source under ``name``, replacing what had that name.
@@ -349,9 +351,7 @@ class Mounts(_Mounts):
         self.pins = pins
 
     @classmethod
-    async def start(
-        cls, pins: Path, *, forbidden: Iterable[Path] = (), time_limit: float = TIME_LIMIT
-    ) -> Mounts:
+    async def start(cls, pins: Path, *, forbidden: Iterable[Path] = (), time_limit: float = TIME_LIMIT) -> Mounts:
         """Start the helper and make ``pins`` ready; pins that are there from before stay.
 
         Args:
@@ -375,6 +375,11 @@ class Mounts(_Mounts):
     def note(self) -> str:
         """See :class:`MountSource`."""
         return f"Bind mounts are opened as the user who submits the job, and pinned below {self.pins}."
+
+    @property
+    def read_only_itself(self) -> bool:
+        """See :class:`MountSource`."""
+        return True
 
     async def pin(self, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
         """See :class:`MountSource`."""
@@ -422,9 +427,7 @@ class PlainMounts(_Mounts):
             name = pwd.getpwuid(os.geteuid()).pw_name
         except KeyError:
             name = f"uid {os.geteuid()}"
-        return (
-            f"This server runs as {name}, not as root: it mounts what {name} can open, as it is and unpinned."
-        )
+        return f"This server runs as {name}, not as root: it mounts what {name} can open, as it is and unpinned."
 
     async def pin(self, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
         """See :class:`MountSource`; the path is the source's own, with links resolved."""

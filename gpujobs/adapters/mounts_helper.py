@@ -87,9 +87,7 @@ def become(owner: dict[str, Any]) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def as_user(
-    owner: dict[str, Any], path: str, what: str, action: Callable[[], Outcome], close: int
-) -> Outcome:
+def as_user(owner: dict[str, Any], path: str, what: str, action: Callable[[], Outcome], close: int) -> Outcome:
     """Do ``action`` in a child that is the owner.
 
     Args:
@@ -328,9 +326,7 @@ class Helper:
             self.send(number, {"error": "invalid", "message": f"{name!r} is no name of a pin"})
             return
         busy = any(name and worker.name == name and not worker.finished for worker in self.workers.values())
-        late = [
-            worker.uid for worker in self.workers.values() if worker.deadline is None and not worker.finished
-        ]
+        late = [worker.uid for worker in self.workers.values() if worker.deadline is None and not worker.finished]
         hanging = [*late, *self.orphans.values()].count(uid) if uid is not None else 0
         if busy:
             fault = MountError("held", f"{request.get('path') or name}: an earlier attempt still hangs")

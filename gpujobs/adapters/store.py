@@ -21,7 +21,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpujobs.core import codec, job as jobs
+from gpujobs.core import codec
+from gpujobs.core import job as jobs
 from gpujobs.core.errors import Refused, Unavailable
 from gpujobs.core.job import Allocation, Job, JobId, Owner
 from gpujobs.core.spec import JobSpec
@@ -200,10 +201,13 @@ class Store:
             if not path.exists():
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
             connection = self._connect()
-            migrate(connection)
-            connection.close()
+            try:
+                migrate(connection)
+            except BaseException:
+                connection.close()
+                raise
         self._inbox: queue.SimpleQueue[tuple[Callable[[Ledger], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, name="ledger-writer", daemon=True)
+        self._writer = threading.Thread(target=self._write, args=(connection,), name="ledger-writer", daemon=True)
         self._writer.start()
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="ledger-reader")
         self._read_connection: sqlite3.Connection | None = None
@@ -211,12 +215,19 @@ class Store:
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10)
         connection.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
-            connection.execute(f"PRAGMA {pragma}")
+        try:
+            refuse_newer(connection)  # before the journal's mode, which would already change the file
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
+                connection.execute(f"PRAGMA {pragma}")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     async def change(self, action: Callable[[Ledger], T]) -> T:
         """Run a change and wait until it is on disk.
+
+        Who is cancelled while waiting does not know whether it was done: it is done or not as a whole.
 
         Raises:
             Unavailable: It could not be written (a full disk): nothing of it is kept.
@@ -244,8 +255,7 @@ class Store:
         if self._read_connection is not None:
             self._read_connection.close()
 
-    def _write(self) -> None:
-        connection = self._connect()
+    def _write(self, connection: sqlite3.Connection) -> None:
         ledger = Ledger(connection)
         while (group := self._next_group()) is not None:
             self._commit(connection, ledger, group)
@@ -268,15 +278,19 @@ class Store:
         self, connection: sqlite3.Connection, ledger: Ledger, group: list[tuple[Callable[[Ledger], Any], Future[Any]]]
     ) -> None:
         done: list[tuple[Future[Any], Any]] = []
+        # Who asked and has gone is left out; from here on nobody can cancel what is being written.
+        group = [(action, future) for action, future in group if future.set_running_or_notify_cancel()]
         try:
             connection.execute("BEGIN IMMEDIATE")
             for action, future in group:
                 connection.execute("SAVEPOINT one")
                 try:
                     result = action(ledger)
-                except sqlite3.Error:
-                    raise
-                except Exception as error:  # noqa: BLE001 - it belongs to whoever asked, not to the writer
+                except Exception as error:
+                    # A broken constraint, like any other mistake, belongs to whoever asked; what else SQLite
+                    # says (a full disk, a damaged file) is about all of them.
+                    if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                        raise
                     connection.execute("ROLLBACK TO one")
                     connection.execute("RELEASE one")
                     future.set_exception(error)
@@ -302,17 +316,26 @@ def migrate(connection: sqlite3.Connection) -> None:
     Raises:
         Refused: A newer gpujobs wrote this database; it is left as it is.
     """
-    steps = migrations()
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    newest = steps[-1][0]
+    version = refuse_newer(connection)
+    for number, text in migrations():
+        if number > version:
+            connection.executescript(f"BEGIN IMMEDIATE;\n{text}\nPRAGMA user_version={number};\nCOMMIT;")
+
+
+def refuse_newer(connection: sqlite3.Connection) -> int:
+    """The schema's version in a database; 0 where it is empty.
+
+    Raises:
+        Refused: A newer gpujobs wrote this database; it is left as it is.
+    """
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    newest = migrations()[-1][0]
     if version > newest:
         raise Refused(
             f"the state was written by a newer gpujobs (schema {version}, this one knows {newest}); it was left as it is",
             hint="Install that version, or use another state directory (GPUJOBS_STATE).",
         )
-    for number, text in steps:
-        if number > version:
-            connection.executescript(f"BEGIN IMMEDIATE;\n{text}\nPRAGMA user_version={number};\nCOMMIT;")
+    return version
 
 
 def _refuse_network(directory: Path) -> None:

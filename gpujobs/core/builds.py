@@ -19,13 +19,9 @@ def build_context(value: object, context: Context) -> str:
 
 def dockerfile(value: object) -> str:
     """The Dockerfile's path, within the build context."""
-    words = posixpath.normpath(
-        text(value, "a Dockerfile's path", "a path in the context, such as Dockerfile.cuda")
-    )
+    words = posixpath.normpath(text(value, "a Dockerfile's path", "a path in the context, such as Dockerfile.cuda"))
     if words.startswith(("/", "..")):
-        raise wrong(
-            f"{shown(words)} is outside the build context; write a path inside it, such as Dockerfile.cuda"
-        )
+        raise wrong(f"{shown(words)} is outside the build context; write a path inside it, such as Dockerfile.cuda")
     return words
 
 
@@ -44,9 +40,7 @@ def build_forms(value: object, context: Context) -> Mapping[str, object]:
     del context
     if isinstance(typed(value), str):
         return {"context": value}
-    return mapping(
-        value, "a build", "a directory, or a mapping such as {context: ., dockerfile: Dockerfile.cuda}"
-    )
+    return mapping(value, "a build", "a directory, or a mapping such as {context: ., dockerfile: Dockerfile.cuda}")
 
 
 def build_schema(inner: Json) -> Json:

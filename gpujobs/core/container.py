@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpujobs.core.errors import Refused
+from gpujobs.core.inventory import Gpu
 from gpujobs.core.job import Allocation, JobId, Owner
-from gpujobs.core.spec import JobSpec
+from gpujobs.core.spec import Healthcheck, JobSpec, Port
 
 CONTROL = "/.gpujobs"
 """Where the container sees its control directory: the init, the gate, the control file."""
@@ -79,6 +80,7 @@ class Order:
         home: The container's HOME.
         log: The Engine's LogConfig.
         visible: What NVIDIA_VISIBLE_DEVICES is set to; ``void`` for none.
+        near: The CPUs it is bound to, those near its GPUs; empty for all.
         ceilings: Hard resource limits that the Engine cannot raise; the defaults stay below them.
     """
 
@@ -100,6 +102,7 @@ class Order:
     timezone: str = ""
     log: Mapping[str, Any] = field(default_factory=dict)
     ceilings: Mapping[str, int] = field(default_factory=dict)
+    near: tuple[int, ...] = ()
 
 
 def checkpoints(server: str, job: JobId) -> str:
@@ -203,7 +206,7 @@ def create_request(order: Order) -> Json:
         "Memory": memory,
         "MemorySwap": memory,
         "ShmSize": shm_size_of(order),
-        "Ulimits": _ulimits(order),
+        "Ulimits": [{"Name": name, "Soft": soft, "Hard": hard} for name, soft, hard in ulimits_of(order)],
         "Mounts": [
             {"Type": "bind", "Source": m.source, "Target": m.target, "ReadOnly": m.read_only,
              "BindOptions": {"Propagation": "rprivate"}}
@@ -217,6 +220,8 @@ def create_request(order: Order) -> Json:
     }  # fmt: skip
     if allocation.cpus:
         host["NanoCpus"] = round(allocation.cpus * 1e9)
+    if order.near:
+        host["CpusetCpus"] = ranges(order.near)
     request: Json = {
         "Image": order.image.id,
         "Entrypoint": [f"{CONTROL}/init", "run"],
@@ -228,16 +233,66 @@ def create_request(order: Order) -> Json:
         "Tty": False,
         "OpenStdin": False,
         "AttachStdin": False,
-        "Healthcheck": {"Test": ["NONE"]},
+        "Healthcheck": _healthcheck(spec.healthcheck),
         "HostConfig": host,
     }
     if spec.stop_signal:
         request["StopSignal"] = spec.stop_signal
+    if spec.ports:
+        request["ExposedPorts"] = {f"{port.target}/{port.protocol}": {} for port in spec.ports}
+        host["PortBindings"] = _bindings(spec.ports)
     request["Labels"]["gpujobs.config"] = config_hash(request)
     return request
 
 
-def _ulimits(order: Order) -> list[Json]:
+def _healthcheck(check: Healthcheck | None) -> Json:
+    """The job file's check, run through the init as the program is; an image's own is always off.
+
+    An image's check runs as often as the image says: ``--interval=1ms`` keeps the Engine busy for nobody's good.
+    """
+    if check is None or not check.test:
+        return {"Test": ["NONE"]}
+    command = ["/bin/sh", "-c", *check.test] if check.shell else list(check.test)
+    return {
+        "Test": ["CMD", f"{CONTROL}/init", "exec", *command],
+        "Interval": round(check.interval * 1e9),
+        "Timeout": round(check.timeout * 1e9),
+        "StartPeriod": round(check.start_period * 1e9),
+        "Retries": check.retries,
+    }
+
+
+def _bindings(ports: Sequence[Port]) -> Json:
+    bindings: dict[str, list[Json]] = {}
+    for port in ports:
+        published = "" if port.published is None else str(port.published)
+        bindings.setdefault(f"{port.target}/{port.protocol}", []).append(
+            {"HostIp": port.host_ip, "HostPort": published}
+        )
+    return bindings
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """CPU numbers as the kernel lists them: ``0-3,8``."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def cpus_near(gpus: Sequence[Gpu], cpus: float, host_cpus: int) -> tuple[int, ...]:
+    """The CPUs near the allocated GPUs, where they are known, exist, and are enough for what was asked."""
+    near = sorted({cpu for gpu in gpus for cpu in gpu.cpus if cpu < host_cpus})
+    if not near or len(near) >= host_cpus or any(not gpu.cpus for gpu in gpus) or len(near) < cpus:
+        return ()
+    return tuple(near)
+
+
+def ulimits_of(order: Order) -> list[tuple[str, int, int]]:
+    """Resource limits as (name, soft, hard), -1 for none: the job file's over what deep learning needs."""
     defaults = {
         "memlock": -1,  # pinned host memory for transfers
         "stack": 64 * 2**20,
@@ -249,7 +304,7 @@ def _ulimits(order: Order) -> list[Json]:
         kept = value if ceiling is None or 0 <= value <= ceiling else ceiling
         limits[name] = (kept, kept)
     limits.update({limit.name: (limit.soft, limit.hard) for limit in order.spec.ulimits})
-    return [{"Name": name, "Soft": soft, "Hard": hard} for name, (soft, hard) in sorted(limits.items())]
+    return [(name, soft, hard) for name, (soft, hard) in sorted(limits.items())]
 
 
 def config_hash(request: Mapping[str, Any]) -> str:

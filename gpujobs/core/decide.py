@@ -168,15 +168,25 @@ def _starts(view: View) -> list[Start]:
             held[uuid] = (*held.get(uuid, ()), Holding(job=str(job), share=shape.gpus.share))
         starts.append(start)
         queue = queue.dequeue(job)
-    cpus = sum(job.allocation.cpus or 1.0 for job in queue.active.values() if not job.allocation.gpus)
+    used = cpus_used(queue)
     while (head := _head(queue, with_gpus=False)) is not None:
         job, shape = head
-        cpus += shape.cpus or 1.0
-        if cpus > max(view.host.cpus, 1.0) and cpus > (shape.cpus or 1.0):
+        if not cpus_suffice(shape, used, view.host):
             break
+        used += shape.cpus or 1.0
         starts.append(Start(job=job, allocation=Allocation(cpus=shape.cpus, memory=shape.memory)))
         queue = queue.dequeue(job)
     return starts
+
+
+def cpus_used(queue: QueueState) -> float:
+    """CPUs that the active jobs without GPUs have; one that names no number counts as one CPU."""
+    return sum(job.allocation.cpus or 1.0 for job in queue.active.values() if not job.allocation.gpus)
+
+
+def cpus_suffice(shape: Shape, used: float, host: Host) -> bool:
+    """Whether a job without GPUs can start beside those that use so many CPUs; alone it always can."""
+    return used == 0 or used + (shape.cpus or 1.0) <= host.cpus
 
 
 def _head(queue: QueueState, *, with_gpus: bool) -> tuple[JobId, Shape] | None:

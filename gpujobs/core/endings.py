@@ -9,6 +9,9 @@ from gpujobs.core.container import INIT_REFUSED
 
 _GIB, _MIB = 2**30, 2**20
 
+_LAST_SIGNAL = 64
+"""signal(7): SIGRTMAX. Exit codes above 128 + 64, such as the 255 of ssh and of exit(-1), name no signal."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
@@ -59,7 +62,7 @@ def ending_of(exit_code: int, *, oom: bool, memory: int, released: bool, stop: t
             outcome="failed", reason="oom",
             message=f"exit {exit_code}: killed: the {size(memory)} memory limit was reached",
         )  # fmt: skip
-    if exit_code > 128:
+    if 0 < exit_code - 128 <= _LAST_SIGNAL:
         name = signal_name(exit_code - 128)
         return Ending(outcome="failed", reason="exit", message=f"exit {exit_code}: ended by {name}")
     words = {126: ": the command could not be run", 127: ": the command was not found in the image"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpujobs.core.decide import View, holdings
+from gpujobs.core.decide import View, cpus_suffice, cpus_used, holdings
 from gpujobs.core.job import JobId
 from gpujobs.core.place import NoPlacement, place
 from gpujobs.core.queue import Lane, Shape
@@ -55,6 +55,8 @@ class Explainer:
         key, shape, _ = min(heads, key=lambda head: head[0])
         job = JobId.of_key(*key)
         if not with_gpus:
+            if cpus_suffice(shape, cpus_used(view.queue), view.host):
+                return job, Wait("resources", "it starts next")
             return job, Wait("resources", "all CPUs for jobs without GPUs are in use")
         if view.inventory.problem:
             return job, Wait("resources", f"no GPU can be given now: {view.inventory.problem}")

@@ -173,7 +173,7 @@ def _trouble(device: Device, free: Occupation) -> Verdict | None:
         return None
     word, _, told = why.partition(":")
     if word != "stranger":
-        if told or " " not in word:
+        if " " not in word:
             return Verdict(word, why, word)
         return Verdict("avoided", why, why)
     there = [process for process in device.processes if is_stranger(process)]

@@ -48,8 +48,7 @@ def job_name(value: object) -> str:
         raise wrong(f"the name has {len(name)} characters; at most 128 are allowed")
     if not _JOB_NAME.fullmatch(name):
         raise wrong(
-            f"{shown(name)} is not a name; write letters, digits and . _ - = +, "
-            "beginning with a letter or digit"
+            f"{shown(name)} is not a name; write letters, digits and . _ - = +, beginning with a letter or digit"
         )
     return name
 
@@ -81,14 +80,11 @@ def image(value: object) -> str:
     head, colon, tag = name.rpartition(":")
     if colon and "/" not in tag:
         if not _TAG.fullmatch(tag):
-            raise wrong(
-                f"{shown(tag)} is not a tag; write letters, digits and . _ - after the colon, such as :latest"
-            )
+            raise wrong(f"{shown(tag)} is not a tag; write letters, digits and . _ - after the colon, such as :latest")
         name = head
     if name.startswith(("http://", "https://", "docker://")):
         raise wrong(
-            f"{shown(reference)} is an address; write {_IMAGE_EXAMPLE}; did you mean "
-            f"`{reference.split('://', 1)[1]}`?"
+            f"{shown(reference)} is an address; write {_IMAGE_EXAMPLE}; did you mean `{reference.split('://', 1)[1]}`?"
         )
     first, slash, rest = name.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost"):
@@ -125,14 +121,10 @@ def signal_name(value: object) -> str:
         return full
     close = get_close_matches(full[:40], list(known), n=1, cutoff=0.7)
     near = f"; did you mean `{close[0]}`?" if close else ""
-    raise wrong(
-        f"{describe(value)} is not a signal; write a name such as SIGTERM or SIGINT, or its number{near}"
-    )
+    raise wrong(f"{describe(value)} is not a signal; write a name such as SIGTERM or SIGINT, or its number{near}")
 
 
-_SIGNALS = "|".join(
-    sorted(word for item in signal.Signals for word in (item.name[3:], item.name[3:].lower()))
-)
+_SIGNALS = "|".join(sorted(word for item in signal.Signals for word in (item.name[3:], item.name[3:].lower())))
 
 
 SIGNAL_SCHEMA = templated(
@@ -154,9 +146,7 @@ def argument(value: object) -> str:
         raise wrong(f'{describe(value)} is not an argument; write a text, or "" for an empty one{braces}')
     words = source(value)
     if len(words.encode()) > ARGUMENT_MAX:
-        raise wrong(
-            f"the argument has {len(words.encode()):,} bytes; the kernel takes at most {ARGUMENT_MAX:,}"
-        )
+        raise wrong(f"the argument has {len(words.encode()):,} bytes; the kernel takes at most {ARGUMENT_MAX:,}")
     return words
 
 
@@ -173,9 +163,7 @@ def argv(value: object) -> tuple[str, ...]:
         result = tuple(shlex.split(str(value)))
     except ValueError as error:
         problem = "a quote is not closed" if "quotation" in str(error) else "it ends with a lone backslash"
-        raise wrong(
-            f"{shown(str(value))} cannot be split into words: {problem}; close it, or write a list"
-        ) from error
+        raise wrong(f"{shown(str(value))} cannot be split into words: {problem}; close it, or write a list") from error
     for word in result:
         argument(word)
     return result
@@ -191,9 +179,7 @@ _RESERVED = re.compile(r"(NVIDIA|GPUJOBS)_.*", re.DOTALL)
 def env_name(name: str) -> str:
     """A name for an environment variable that the job's owner may set."""
     if not name or "=" in name or any(char.isspace() or not char.isprintable() for char in name):
-        raise wrong(
-            f"{shown(name)} is not a variable's name; write letters, digits and _, such as OMP_NUM_THREADS"
-        )
+        raise wrong(f"{shown(name)} is not a variable's name; write letters, digits and _, such as OMP_NUM_THREADS")
     if name.startswith("NVIDIA_"):
         raise wrong(f"{shown(name)} is set by gpujobs: ask with gpus:")
     if name.startswith("GPUJOBS_"):
@@ -213,9 +199,7 @@ def _env_value(name: str, value: str) -> str:
 
 def _from_client(name: str, context: Context) -> str:
     if name not in context.variables:
-        raise wrong(
-            f"{name} has no value here and is not set in your environment; write {name}: value, or set it"
-        )
+        raise wrong(f"{name} has no value here and is not set in your environment; write {name}: value, or set it")
     return _env_value(name, context.variables[name])
 
 
@@ -374,9 +358,7 @@ def _env_file(item: object, context: Context) -> Pairs:
             raise wrong(f"{path}, {error.faults[0].message}") from error
     if not required:
         return ()
-    raise wrong(
-        f"{shown(path)} was not found or cannot be read; relative paths start at the job file's directory"
-    )
+    raise wrong(f"{shown(path)} was not found or cannot be read; relative paths start at the job file's directory")
 
 
 ENV_FILE_SCHEMA: Json = {

@@ -41,9 +41,7 @@ def indices(value: object) -> list[int] | None:
     if isinstance(value, list | tuple) and value:
         numbers = [typed(item) for item in value]
         numbers = [
-            int(item)
-            if isinstance(item, str) and item.isascii() and item.isdigit() and len(item) < 4
-            else item
+            int(item) if isinstance(item, str) and item.isascii() and item.isdigit() and len(item) < 4 else item
             for item in numbers
         ]
         if all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in numbers):
@@ -134,9 +132,7 @@ def uuid(words: str) -> str:
             if words[:4].lower() in {"gpu-", "mig-"} and (_UUID.fullmatch(words[:3].upper() + words[3:]))
             else ""
         )
-        raise wrong(
-            f"{shown(words)} is not a GPU's UUID; write GPU-… or MIG-…, `gpujobs gpus` shows them{near}"
-        )
+        raise wrong(f"{shown(words)} is not a GPU's UUID; write GPU-… or MIG-…, `gpujobs gpus` shows them{near}")
     return words
 
 
@@ -157,15 +153,10 @@ def capability(value: object) -> tuple[str, tuple[int, int]]:
     words = source(value)
     match = _CAPABILITY.fullmatch(words) if isinstance(typed(value), str) else None
     if match is None:
-        bare = (
-            re.fullmatch(r"\s*=?([0-9]{1,2})(\.[0-9])?\s*", words)
-            if isinstance(value, str | int | float)
-            else None
-        )
+        bare = re.fullmatch(r"\s*=?([0-9]{1,2})(\.[0-9])?\s*", words) if isinstance(value, str | int | float) else None
         near = f'; did you mean ">={bare[1]}{bare[2] or ".0"}"?' if bare else ""
         raise wrong(
-            f"{describe(value)} is not a compute capability; write an operator and a version, "
-            f'such as ">=8.0"{near}'
+            f'{describe(value)} is not a compute capability; write an operator and a version, such as ">=8.0"{near}'
         )
     return match[1], (int(match[2]), int(match[3]))
 
@@ -221,9 +212,7 @@ def gpu_forms(value: object, context: Context) -> Mapping[str, object]:
     if found is not None:
         raise wrong(by_index(found, context))
     if isinstance(value, list | tuple):
-        raise not_a(
-            value, "a request for GPUs", "a number such as 2, or a mapping such as {count: 2, memory: 40GB}"
-        )
+        raise not_a(value, "a request for GPUs", "a number such as 2, or a mapping such as {count: 2, memory: 40GB}")
     if not isinstance(value, Mapping):
         low, high = count(value)
         return {"count": Parsed(low), "max_count": Parsed(high)}
@@ -243,9 +232,7 @@ def gpu_rules(value: Mapping[str, object]) -> list[Fault]:
     """What cannot be asked together."""
     faults: list[Fault] = []
     if "mig" in value and "share" in value:
-        faults.append(
-            Fault(("share",), "a share of a MIG device cannot be had; keep mig or share", at_key=True)
-        )
+        faults.append(Fault(("share",), "a share of a MIG device cannot be had; keep mig or share", at_key=True))
     if "model" in value and "share" in value:
         faults.append(Fault(("share",), "a share cannot be asked by model; keep model or share", at_key=True))
     if "mig" in value and "link" in value and typed(value["link"]) != "any":
@@ -263,9 +250,7 @@ def gpu_rules(value: Mapping[str, object]) -> list[Fault]:
             )
         elif low.value == 0 and len(value) > 2:
             others = ", ".join(key for key in value if key not in {"count", "max_count"})
-            faults.append(
-                Fault(("count",), f"0 asks for no GPU; write a number above 0, or leave {others} out")
-            )
+            faults.append(Fault(("count",), f"0 asks for no GPU; write a number above 0, or leave {others} out"))
     return faults
 
 

@@ -31,8 +31,7 @@ def interpolate(text: str, variables: Mapping[str, str]) -> str:
             if value is None:
                 near = did_you_mean(name, [known for known in variables if known.isidentifier()])
                 raise wrong(
-                    f"variable {name} is not set; set it, write ${{{name}:-default}}, "
-                    f"or $$ for a dollar sign{near}"
+                    f"variable {name} is not set; set it, write ${{{name}:-default}}, or $$ for a dollar sign{near}"
                 )
             return value
         present = value is not None and (value != "" or not operator.startswith(":"))
@@ -47,9 +46,7 @@ def interpolate(text: str, variables: Mapping[str, str]) -> str:
     def expand(part: str, depth: int) -> str:
         result = "".join(_pieces(part, lambda *found: resolve(*found, depth + 1), depth))
         if len(result) > LENGTH_MAX:
-            raise wrong(
-                f"the text has {len(result):,} characters after ${{…}}; at most {LENGTH_MAX:,} are allowed"
-            )
+            raise wrong(f"the text has {len(result):,} characters after ${{…}}; at most {LENGTH_MAX:,} are allowed")
         return result
 
     return expand(text, 0)
@@ -74,9 +71,7 @@ def names(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _pieces(
-    text: str, resolve: Callable[[str, str, str], str], depth: int, *, strict: bool = True
-) -> Iterator[str]:
+def _pieces(text: str, resolve: Callable[[str, str, str], str], depth: int, *, strict: bool = True) -> Iterator[str]:
     """The text's parts in order, with variables resolved."""
     if depth > _DEPTH:
         raise wrong(f"defaults within defaults are nested more than {_DEPTH} deep")
@@ -95,9 +90,7 @@ def _pieces(
             name, operator, rest, start = braced
             yield resolve(name, operator, rest)
         elif strict:
-            raise wrong(
-                f"{shown(text[dollar:], 20)} is not a variable; write ${{NAME}}, or $$ for a dollar sign"
-            )
+            raise wrong(f"{shown(text[dollar:], 20)} is not a variable; write ${{NAME}}, or $$ for a dollar sign")
         else:
             start = dollar + 1
     yield text[start:]
@@ -141,8 +134,8 @@ def references(text: str) -> frozenset[str]:
         name = (match[1] or "").strip()
         if not _NAME.fullmatch(name):
             raise wrong(
-                f"{shown(match[0], 30)} is no matrix name; write {{{{ name }}}} (names only, no expressions), "
-                "or {{{{ for two literal braces"
+                f"{shown(match[0], 30)} is no matrix name; write {{{{ name }}}} (names only, no expressions)"
+                ", or {{{{ for two literal braces"
             )
         found.add(name)
     return frozenset(found)

@@ -42,9 +42,7 @@ RawVolume = tuple[str, str, str, bool, int | None]
 _FORBIDDEN = ("/proc", "/sys", "/dev", "/.gpujobs", "/etc/passwd", "/etc/group",
               "/run/nvidia-container-devices", "/var/run/nvidia-container-devices")  # fmt: skip
 _VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_PROPAGATION = frozenset(
-    {"shared", "rshared", "slave", "rslave", "private", "rprivate", "unbindable", "runbindable"}
-)
+_PROPAGATION = frozenset({"shared", "rshared", "slave", "rslave", "private", "rprivate", "unbindable", "runbindable"})
 _MODE_REASONS = {
     "z": "SELinux labels are not changed here; leave it out",
     "Z": "SELinux labels are not changed here; leave it out",
@@ -72,9 +70,7 @@ def _short(value: object, context: Context) -> RawVolume:
     words = text(value, "a volume", "source:target, such as ~/data:/data:ro")
     parts = words.split(":")
     if len(parts) == 1:
-        near = (
-            f"; did you mean `{words}:/{words.strip('./~') or 'data'}`?" if not words.startswith("/") else ""
-        )
+        near = f"; did you mean `{words}:/{words.strip('./~') or 'data'}`?" if not words.startswith("/") else ""
         raise wrong(f"{shown(words)} has no target; write source:target, such as ~/data:/data:ro{near}")
     if len(parts) > 3:
         raise wrong(
@@ -178,9 +174,7 @@ def _options(value: object, key: str, kind: str | None) -> int | None:
                 "create_host_path",
             )
     amount = (
-        faults.run(("size",), size, value["size"], TMPFS_LEAST, "1g")
-        if "size" in value and key == "tmpfs"
-        else None
+        faults.run(("size",), size, value["size"], TMPFS_LEAST, "1g") if "size" in value and key == "tmpfs" else None
     )
     faults.check()
     return amount
@@ -197,18 +191,14 @@ def volumes(value: object, context: Context) -> tuple[RawVolume, ...]:
         if volume is None:
             continue
         if volume[2] in seen:
-            faults.add(
-                f"{shown(volume[2])} is mounted twice (also by volumes[{seen[volume[2]]}]); keep one", index
-            )
+            faults.add(f"{shown(volume[2])} is mounted twice (also by volumes[{seen[volume[2]]}]); keep one", index)
         seen.setdefault(volume[2], index)
         result.append(volume)
     faults.check()
     return tuple(result)
 
 
-_NEVER = (
-    r"(?!/+(proc|sys|dev|\.gpujobs|etc/(passwd|group)|(var/)?run/nvidia-container-devices)(/|:|$))(?!/+(:|$))"
-)
+_NEVER = r"(?!/+(proc|sys|dev|\.gpujobs|etc/(passwd|group)|(var/)?run/nvidia-container-devices)(/|:|$))(?!/+(:|$))"
 _TARGET_SCHEMA = templated({"type": "string", "pattern": f"^{_NEVER}/"})
 VOLUMES_SCHEMA: Json = {
     "type": "array",
@@ -289,8 +279,7 @@ def _short_port(value: object) -> list[RawPort]:
     outside: Sequence[int | None] = _range(first, last) if first else [None] * len(inside)
     if len(outside) != len(inside):
         raise wrong(
-            f"{shown(words)} publishes {len(outside)} ports for {len(inside)}; "
-            "both ranges need the same length"
+            f"{shown(words)} publishes {len(outside)} ports for {len(inside)}; both ranges need the same length"
         )
     return [(to, at, address, protocol) for to, at in zip(inside, outside, strict=True)]
 
@@ -301,9 +290,7 @@ def _range(first: str, last: str | None) -> list[int]:
     if high < low:
         raise wrong(f"the range {first}-{last} ends before it begins; write the lower port first")
     if high - low >= PORTS_MAX:
-        raise wrong(
-            f"the range {first}-{last} has {high - low + 1:,} ports; at most {PORTS_MAX:,} are allowed"
-        )
+        raise wrong(f"the range {first}-{last} has {high - low + 1:,} ports; at most {PORTS_MAX:,} are allowed")
     return list(range(low, high + 1))
 
 
@@ -338,9 +325,7 @@ def ports(value: object) -> tuple[RawPort, ...]:
         for port in found or ():
             key = (port[0], port[3]) if port[1] is None else (port[1], port[2], port[3])
             if key in seen:
-                faults.add(
-                    f"port {port[1] or port[0]} is given twice (also by ports[{seen[key]}]); keep one", index
-                )
+                faults.add(f"port {port[1] or port[0]} is given twice (also by ports[{seen[key]}]); keep one", index)
                 break
             seen[key] = index
             result.append(port)
@@ -363,9 +348,7 @@ PORTS_SCHEMA: Json = {
                 {
                     "type": "string",
                     "pattern": "^"
-                    + _PORTS.pattern.replace("(?:", "(").replace(
-                        "[A-Za-z]{1,10}", "[tT][cC][pP]|[uU][dD][pP]"
-                    )
+                    + _PORTS.pattern.replace("(?:", "(").replace("[A-Za-z]{1,10}", "[tT][cC][pP]|[uU][dD][pP]")
                     + "$",
                     "not": {"pattern": rf"(^|[:-])({_TOO_HIGH})(-|:|/|$)"},
                 },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from gpujobs.core.inventory import Inventory
+from gpujobs.core.inventory import Inventory, XidEvent
 
 
 class Clock(Protocol):
@@ -25,6 +25,10 @@ class GpuSource(Protocol):
         Args:
             locate: The job (``12`` or ``12_3``) that a container, by its full id, belongs to.
         """
+        ...
+
+    def wait_event(self, timeout_s: float) -> XidEvent | None:
+        """The next XID error; None where none came in that many seconds."""
         ...
 
     def close(self) -> None:

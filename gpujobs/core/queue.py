@@ -111,9 +111,12 @@ class QueueState:
     active: Map[Key, ActiveJob] = field(default_factory=Map)
 
     def enqueue(self, job_id: JobId, shape: Shape) -> QueueState:
-        """With one more waiting job."""
-        lane = self.lanes.get(shape, Lane()).add(job_id.key)
-        return replace(self, lanes=self.lanes.set(shape, lane), shapes=self.shapes.set(job_id.key, shape))
+        """With this job waiting, once, for what the shape says."""
+        if self.shapes.get(job_id.key) == shape:
+            return self
+        state = self.dequeue(job_id)
+        lane = state.lanes.get(shape, Lane()).add(job_id.key)
+        return replace(state, lanes=state.lanes.set(shape, lane), shapes=state.shapes.set(job_id.key, shape))
 
     def dequeue(self, job_id: JobId) -> QueueState:
         """Without this waiting job; the same value where it was not waiting."""

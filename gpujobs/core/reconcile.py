@@ -9,7 +9,8 @@ Run at start-up, after the Engine was away, and before anything is started. Pure
     starting             our container, running              Adopt: check its devices, release it
     running, stopping    our container, running              Adopt
     any active           our container, exited               Adopt: its end is collected
-    running, stopping    nothing                             Lost: it was removed behind our back
+    stopping             nothing, and none was recorded      Resume: it ends as asked, before one is made
+    running, stopping    nothing, though one was recorded    Lost: it was removed behind our back
     any active           that name, not our nonce or hash    Lost: forged or changed; never touched
     ended, not removed   nothing                             Forget
     ended or unknown     our nonce, running                  Kill: it must not run
@@ -105,7 +106,7 @@ class Kill:
 Action = Resume | Adopt | Lost | Forget | Kill
 
 
-def reconcile(server: str, recorded: Iterable[Recorded], seen: Iterable[Seen]) -> list[Action]:
+def reconcile(server: str, recorded: Sequence[Recorded], seen: Iterable[Seen]) -> list[Action]:
     """What to do about each difference, by the table above.
 
     Args:
@@ -114,20 +115,18 @@ def reconcile(server: str, recorded: Iterable[Recorded], seen: Iterable[Seen]) -
         seen: Every container of the Engine.
     """
     by_name = {container.name: container for container in seen}
-    known: set[str] = set()
     actions: list[Action] = []
     for row in recorded:
         container = by_name.get(row.name)
         if container is not None and _is_ours(row, server, container):
-            known.add(container.name)
             actions += _ours(row, container)
         elif row.active:
             actions.append(_without(row, container))
         elif container is None:
             actions.append(Forget(row.job, row.attempt))
-    nonces = {row.nonce for row in recorded}
+    names, nonces = {row.name for row in recorded}, {row.nonce for row in recorded}
     for container in by_name.values():
-        if container.name in known or container.labels.get("gpujobs.server") != server:
+        if container.name in names or container.labels.get("gpujobs.server") != server:
             continue
         if container.labels.get("gpujobs.nonce") in nonces and container.state in ("running", "paused"):
             actions.append(Kill(container.id, container.name))
@@ -154,12 +153,14 @@ def _ours(row: Recorded, container: Seen) -> list[Action]:
 def _without(row: Recorded, container: Seen | None) -> Action:
     if container is not None:
         return Lost(row.job, f"the container {row.name} is not the one that was made for it; it was left alone")
-    if row.state in ("pulling", "starting"):
+    if row.state in ("pulling", "starting") or (row.state == "stopping" and not row.config):
         return Resume(row.job)
     return Lost(row.job, f"its container {row.name} was removed by someone else")
 
 
-_INDEX = re.compile(r"(?:nvidia\.com/gpu=)?([0-9]+)", re.ASCII)
+_INDEX = re.compile(r"([0-9]+)(?::[0-9]+)?", re.ASCII)
+"""A GPU by its index, or a MIG device by its GPU's index and its own."""
+_EVERY = frozenset({"all", "nvidia.com/gpu=all"})
 _NODE = re.compile(r"/dev/nvidia([0-9]+)", re.ASCII)
 
 HOLDING = frozenset({"running", "paused", "restarting", "created"})
@@ -182,7 +183,7 @@ def gpus_of(container: Seen, inventory: Inventory, runtime: str = "nvidia") -> f
     }
     if container.requests:
         for count, ids in container.requests:
-            if count == -1:
+            if count == -1 or _EVERY.intersection(ids):
                 return every
             held |= _named(ids or tuple(str(index) for index in range(max(0, count))), inventory)
         return frozenset(held)
@@ -193,19 +194,18 @@ def gpus_of(container: Seen, inventory: Inventory, runtime: str = "nvidia") -> f
     words = [word.strip() for word in container.visible.split(",")]
     if "void" in words:
         return frozenset(held)
-    if any(word in ("all", "nvidia.com/gpu=all") for word in words):
+    if _EVERY.intersection(words):
         return every
     return frozenset(held | _named(words, inventory))
 
 
 def _named(words: Sequence[str], inventory: Inventory) -> set[str]:
     found = set()
-    for word in words:
-        match = _INDEX.fullmatch(word)
+    for name in (word.removeprefix("nvidia.com/gpu=") for word in words):
+        match = _INDEX.fullmatch(name)
         for gpu in inventory.gpus:
-            if match is not None and gpu.index == int(match[1]):
-                found.add(gpu.uuid)
-            elif gpu.uuid == word.removeprefix("nvidia.com/gpu=") or any(m.uuid == word for m in gpu.mig):
+            by_index = match is not None and gpu.index == int(match[1])
+            if by_index or name == gpu.uuid or any(name == mig.uuid for mig in gpu.mig):
                 found.add(gpu.uuid)
     return found
 

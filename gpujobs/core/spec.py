@@ -90,9 +90,7 @@ class GpuRequest:
     ] = None
     model: Annotated[
         tuple[str, ...],
-        Form(
-            gpukeys.models, gpukeys.MODEL_SCHEMA, "Names or globs, any case, such as A100 or [A100*, H100*]."
-        ),
+        Form(gpukeys.models, gpukeys.MODEL_SCHEMA, "Names or globs, any case, such as A100 or [A100*, H100*]."),
     ] = ()
     capability: Annotated[
         tuple[str, tuple[int, int]] | None,
@@ -102,9 +100,7 @@ class GpuRequest:
         str,
         Form(gpukeys.link, templated({"enum": list(gpukeys.LINKS)}), "What has to connect all of them."),
     ] = "any"
-    mig: Annotated[str | None, Form(gpukeys.mig, gpukeys.MIG_SCHEMA, "A MIG profile, such as 3g.20gb.")] = (
-        None
-    )
+    mig: Annotated[str | None, Form(gpukeys.mig, gpukeys.MIG_SCHEMA, "A MIG profile, such as 3g.20gb.")] = None
     share: Annotated[
         int | None,
         Form(
@@ -169,16 +165,12 @@ class Build:
 
     context: Annotated[
         str,
-        ContextForm(
-            builds.build_context, {"type": "string", "minLength": 1, "not": {"pattern": "://|^git@"}}
-        ),
+        ContextForm(builds.build_context, {"type": "string", "minLength": 1, "not": {"pattern": "://|^git@"}}),
     ]
     dockerfile: Annotated[
         str, Form(builds.dockerfile, templated({"type": "string", "pattern": r"^(?!/|\.\.(/|$))."}))
     ] = "Dockerfile"
-    args: Annotated[
-        tuple[tuple[str, str], ...], ContextForm(builds.build_args, forms.ENVIRONMENT_SCHEMA)
-    ] = ()
+    args: Annotated[tuple[tuple[str, str], ...], ContextForm(builds.build_args, forms.ENVIRONMENT_SCHEMA)] = ()
     target: Annotated[str | None, Form(builds.stage, {"type": "string", "minLength": 1})] = None
     labels: Annotated[tuple[tuple[str, str], ...], Form(forms.labels, forms.LABELS_SCHEMA)] = ()
     no_cache: Annotated[bool, Form(boolean, templated({"type": "boolean"}))] = False
@@ -261,9 +253,7 @@ class JobSpec:
     __pydantic_config__: ClassVar[dict[str, object]] = STRICT
 
     name: Annotated[str, Form(forms.job_name, forms.NAME_SCHEMA, "The job's name, such as train-resnet50.")]
-    image: Annotated[
-        str | None, Form(forms.image, forms.IMAGE_SCHEMA, "The image to run; or write build.")
-    ] = None
+    image: Annotated[str | None, Form(forms.image, forms.IMAGE_SCHEMA, "The image to run; or write build.")] = None
     build: Annotated[
         Build | None,
         Around(
@@ -283,9 +273,7 @@ class JobSpec:
     ] = None
     environment: Annotated[
         tuple[tuple[str, str], ...],
-        ContextForm(
-            forms.environment, forms.ENVIRONMENT_SCHEMA, "Variables; a name without a value takes yours."
-        ),
+        ContextForm(forms.environment, forms.ENVIRONMENT_SCHEMA, "Variables; a name without a value takes yours."),
     ] = ()
     volumes: Annotated[
         tuple[Volume, ...],
@@ -316,9 +304,7 @@ class JobSpec:
         ),
     ] = None
     mem_limit: Annotated[int | None, Form(_memory, size_schema(MEMORY_LEAST), "Memory, such as 64g.")] = None
-    shm_size: Annotated[int | None, Form(_shm, size_schema(SHM_LEAST), "Size of /dev/shm, such as 16g.")] = (
-        None
-    )
+    shm_size: Annotated[int | None, Form(_shm, size_schema(SHM_LEAST), "Size of /dev/shm, such as 16g.")] = None
     time_limit: Annotated[
         float | None, Form(_time_limit, duration_schema(1), "The job is ended after this time, such as 12h.")
     ] = None
@@ -348,9 +334,9 @@ class JobSpec:
 # ---------------------------------------------------------------------------------------------- the file
 
 SUPPORTED = frozenset({
-    "name", "image", "build", "command", "entrypoint", "environment", "env_file", "volumes", "ports", "ulimits",
-    "working_dir", "shm_size", "cpus", "mem_limit", "labels", "stop_signal", "stop_grace_period", "healthcheck",
-    "gpus", "time_limit", "matrix",
+    "name", "image", "build", "command", "entrypoint", "environment", "env_file", "volumes", "ports",
+    "ulimits", "working_dir", "shm_size", "cpus", "mem_limit", "labels", "stop_signal", "stop_grace_period",
+    "healthcheck", "gpus", "time_limit", "matrix",
 })  # fmt: skip
 """The keys that this version acts on; the model's other keys are validated and refused, never ignored."""
 
@@ -393,10 +379,7 @@ def _flag() -> Form[bool]:
 
 def _depends(value: object) -> tuple[str, ...]:
     items = value if isinstance(value, list | tuple) else [value]
-    if (
-        not all(isinstance(typed(item), str | int) and not isinstance(typed(item), bool) for item in items)
-        or not items
-    ):
+    if not all(isinstance(typed(item), str | int) and not isinstance(typed(item), bool) for item in items) or not items:
         raise not_a(value, "a list of jobs", "ids or names, such as [12, prepare-data]")
     return tuple(str(item) for item in items)
 
@@ -429,9 +412,7 @@ class JobFile(JobSpec):
 
     env_file: Annotated[
         tuple[tuple[str, str], ...],
-        ContextForm(
-            forms.env_file, forms.ENV_FILE_SCHEMA, "Files of NAME=value lines; environment wins over them."
-        ),
+        ContextForm(forms.env_file, forms.ENV_FILE_SCHEMA, "Files of NAME=value lines; environment wins over them."),
     ] = ()
     matrix: Annotated[
         Mapping[str, object] | None,
@@ -489,9 +470,7 @@ def _file_rules(value: Mapping[str, object]) -> list[Fault]:
     if "image" in value and "build" in value:
         faults.append(Fault(("build",), "both image and build are given; keep one", at_key=True))
     if "image" not in value and "build" not in value:
-        faults.append(
-            Fault((), "neither image nor build is given; write one, such as `image: python:3.11-slim`")
-        )
+        faults.append(Fault((), "neither image nor build is given; write one, such as `image: python:3.11-slim`"))
     return faults
 
 

@@ -23,9 +23,7 @@ Loc = tuple[str | int, ...]
 Json = dict[str, object]
 
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,29})|0o[0-7]{1,30}|0x[0-9a-fA-F]{1,30}")
-_FLOAT = re.compile(
-    r"[-+]?(?:\.[0-9]{1,40}|(?:0|[1-9][0-9]{0,40})(?:\.[0-9]{0,40})?)(?:[eE][-+]?[0-9]{1,4})?"
-)
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]{1,40}|(?:0|[1-9][0-9]{0,40})(?:\.[0-9]{0,40})?)(?:[eE][-+]?[0-9]{1,4})?")
 _SPECIAL = re.compile(r"([-+]?)\.(?:(inf|Inf|INF)|(?:nan|NaN|NAN))")
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -134,9 +132,7 @@ class Faults:
         try:
             return read(*args, **kwargs)
         except SpecError as error:
-            self._faults.extend(
-                Fault((*loc, *fault.loc), fault.message, fault.at_key) for fault in error.faults
-            )
+            self._faults.extend(Fault((*loc, *fault.loc), fault.message, fault.at_key) for fault in error.faults)
             return None
 
     def run_key(self, key: str, read: Callable[[str], T]) -> T | None:
@@ -236,9 +232,7 @@ def unknown_key(key: str, choices: Sequence[str], habits: Mapping[str, str] | No
     return f"unknown key; allowed are {', '.join(choices)}{did_you_mean(key, choices, habits)}"
 
 
-def known_keys(
-    value: Mapping[str, object], keys: Sequence[str], refused: Mapping[str, str], faults: Faults
-) -> None:
+def known_keys(value: Mapping[str, object], keys: Sequence[str], refused: Mapping[str, str], faults: Faults) -> None:
     """Notes keys that are unknown, or known to others and refused here with a reason."""
     for key in value:
         if key in refused:
@@ -261,9 +255,7 @@ def text(value: object, what: str, example: str, *, limit: int = 4096) -> str:
     """A text that is not empty and holds no control characters."""
     if not isinstance(typed(value), str):
         hint = (
-            ""
-            if isinstance(value, Mapping | list) or typed(value) is None
-            else f'; as a text it is "{source(value)}"'
+            "" if isinstance(value, Mapping | list) or typed(value) is None else f'; as a text it is "{source(value)}"'
         )
         raise wrong(f"{describe(value)} is not {what}; write {example}{hint}")
     result = str(value)
@@ -339,17 +331,13 @@ def size(value: object, least: int, example: str = "64g or 512m") -> int:
         example: For the message.
     """
     real = typed(value)
-    match = (
-        _SIZE.fullmatch(source(value)) if isinstance(real, str | int) and not isinstance(real, bool) else None
-    )
+    match = _SIZE.fullmatch(source(value)) if isinstance(real, str | int) and not isinstance(real, bool) else None
     if match is None:
         raise not_a(value, "a size", f"a number and a unit, such as {example}")
     result = int(Decimal(match[1]) * 1024 ** _POWERS[match[2].lower()])
     if result < least:
         hint = f"; did you mean {source(value).strip()}g?" if not match[2] and 0 < result < 4096 else ""
-        raise wrong(
-            f"{source(value)} is only {result} bytes; write at least {amount(least)}, such as {example}{hint}"
-        )
+        raise wrong(f"{source(value)} is only {result} bytes; write at least {amount(least)}, such as {example}{hint}")
     if result > SIZE_MAX:
         raise wrong(f"{shown(source(value))} is too much; write at most {amount(SIZE_MAX)}")
     return result
@@ -380,17 +368,13 @@ _UNITS = {
     "ms": Decimal("0.001"),
     "us": Decimal("0.000001"),
 }
-_DURATION = re.compile(
-    r"\s*" + "".join(rf"(?:([0-9]{{1,12}}(?:\.[0-9]{{1,9}})?){unit}\s*)?" for unit in _UNITS)
-)
+_DURATION = re.compile(r"\s*" + "".join(rf"(?:([0-9]{{1,12}}(?:\.[0-9]{{1,9}})?){unit}\s*)?" for unit in _UNITS))
 _CLOCK = re.compile(r"(?:([0-9]{1,5})-)?([0-9]{1,5}):([0-9]{1,2})(?::([0-9]{1,2}))?")
 DURATION_MAX = 10 * 365 * 86400
 """Ten years, in seconds."""
 
 
-def duration(
-    value: object, least: float, most: float = DURATION_MAX, example: str = "12h, 90m or 1d12h"
-) -> float:
+def duration(value: object, least: float, most: float = DURATION_MAX, example: str = "12h, 90m or 1d12h") -> float:
     """A duration in seconds: ``12h``, ``90m``, ``1d12h``, ``500ms``, or a whole number of seconds.
 
     ``1:30:00`` is refused with what to write: base 60 in one YAML, text in another.
@@ -407,19 +391,13 @@ def duration(
         seconds = Decimal(int(real))
     elif match is not None and any(match.groups()):
         seconds = sum(
-            (
-                Decimal(part) * size
-                for part, size in zip(match.groups(), _UNITS.values(), strict=True)
-                if part
-            ),
+            (Decimal(part) * size for part, size in zip(match.groups(), _UNITS.values(), strict=True) if part),
             Decimal(0),
         )
     else:
         raise not_a(value, "a duration", f"a number and a unit, such as {example}")
     if not Decimal(least) <= seconds <= Decimal(most):
-        raise wrong(
-            f"{shown(words)} is out of range; write {least:g} s to {most / 86400:g} d, such as {example}"
-        )
+        raise wrong(f"{shown(words)} is out of range; write {least:g} s to {most / 86400:g} d, such as {example}")
     return float(seconds)
 
 
@@ -427,9 +405,7 @@ def _from_clock(clock: re.Match[str]) -> str:
     if clock[4] is None:
         return f": {int(clock[2])}h{int(clock[3])}m or {int(clock[2])}m{int(clock[3])}s"
     parts = ((clock[1], "d"), (clock[2], "h"), (clock[3], "m"), (clock[4], "s"))
-    return ": " + (
-        "".join(f"{int(part)}{unit}" for part, unit in parts if part and int(part)) or "a time above 0"
-    )
+    return ": " + ("".join(f"{int(part)}{unit}" for part, unit in parts if part and int(part)) or "a time above 0")
 
 
 def duration_schema(least: float, most: float = DURATION_MAX) -> Json:

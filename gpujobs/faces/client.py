@@ -20,9 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
-from gpujobs.core.errors import GpujobsError, Unavailable
-from gpujobs.core.job import ENDED, JobId
-from gpujobs.faces import jobfiles
+from gpujobs.core.errors import GpujobsError, InvalidInput, Unavailable
 from gpujobs.faces.transport import ANSWER_SECONDS, Host, Stream, Transport, find_host
 from gpujobs.logwire import GAP, LogRecord, decode_frames
 
@@ -30,6 +28,9 @@ __all__ = ["Client", "Host", "Row", "exit_code_of", "find_host", "id_of"]
 
 Row: TypeAlias = dict[str, Any]
 """A job as the API tells it: the contract's keys of ``ps``, and more in ``show``."""
+
+ENDED = ("succeeded", "failed", "cancelled")
+"""The states of jobs that will not run any more."""
 
 PATIENCE_SECONDS = 30.0
 """How long a server may be away before watching and following give up: a restart takes a few seconds."""
@@ -92,6 +93,8 @@ class Client:
         Returns:
             ``{"jobs": [{"id"}], "count", "message"}``, with one id for each file.
         """
+        from gpujobs.faces import jobfiles
+
         return self._call("POST", "/jobs", body=jobfiles.submission(files, os.environ, run_as=run_as))
 
     def jobs(self, *, everything: bool = False, limit: int | None = None) -> list[Row]:
@@ -179,9 +182,7 @@ class Client:
                 trial.failed(None)
             # What was given is not asked for again, however the log has grown in the meantime.
             if first is None and received:
-                raise Unavailable(
-                    "the log broke off and its server cannot continue it", hint="Ask for it again."
-                )
+                raise Unavailable("the log broke off and its server cannot continue it", hint="Ask for it again.")
             if first is not None:
                 query.pop("tail", None)
                 query.pop("since", None)
@@ -193,9 +194,7 @@ class Client:
             (row, *others) = self.job(job)
         except Unavailable:
             return False
-        return (
-            bool(others) or has_ended(row) or (attempt is not None and int(row.get("attempt") or 0) > attempt)
-        )
+        return bool(others) or has_ended(row) or (attempt is not None and int(row.get("attempt") or 0) > attempt)
 
     def _attempts(self) -> Iterator[_Attempt]:
         """Attempts at one exchange, with pauses between them; a server never met is not waited for."""
@@ -258,8 +257,10 @@ def _rows(answer: Mapping[str, Any]) -> list[Row]:
 
 
 def _path(job: str) -> str:
-    """An id as a part of a path; what is none is refused here."""
-    return quote(str(JobId.parse(job)), safe="")
+    """An id as a part of a path; whether it is one is the server's to say, who knows what ids look like."""
+    if not job:
+        raise InvalidInput("a job's id is empty", hint="`gpujobs ps` lists them.")
+    return quote(job, safe="", errors="backslashreplace")
 
 
 def _first_record(headers: Mapping[str, str], *, whole: bool) -> int | None:

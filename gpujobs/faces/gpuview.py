@@ -17,7 +17,7 @@ WIDE = 150
 """From so many columns on there is room for UUIDs and longer bars; below ``NARROW`` bars are short."""
 NARROW = 110
 
-SHORT = 14
+SHORT = 11
 """Who is on a GPU stands beside it on a narrow terminal where it takes no more columns than this."""
 
 
@@ -63,7 +63,7 @@ def glance(answer: Mapping[str, Any], width: int | None) -> Grid:
     """
     plain, wide = width is None, width is None or width >= WIDE
     narrow = width is not None and width < NARROW
-    length = 0 if plain else 4 if narrow else 12 if wide else 8
+    length = 0 if plain else 3 if narrow else 12 if wide else 8
     titles = [Column("GPU", right=True), Column("MODEL", fold=not plain)]
     if wide:
         titles.append(Column("UUID"))
@@ -77,7 +77,7 @@ def glance(answer: Mapping[str, Any], width: int | None) -> Grid:
         cells += [_memory(gpu, length), _utilisation(gpu, length), _temperature(gpu)]
         _add(grid, [*cells, _power(gpu, brief=not wide), _health(gpu)], _who(gpu), narrow=narrow)
         for mig in gpu.get("mig") or []:
-            cells = [Cell(""), Cell(f"└ MIG {clean(mig.get('profile'))}")]
+            cells = [Cell(""), Cell(f"└ {'' if narrow else 'MIG '}{clean(mig.get('profile'))}")]
             if wide:
                 cells.append(Cell(clean(mig.get("uuid")), "dim"))
             cells += [_memory(mig, length), Cell(""), Cell(""), Cell(""), Cell("")]
@@ -106,7 +106,10 @@ def _memory(gpu: Mapping[str, Any], length: int) -> Cell:
         text = f"{GAP}/{text}"
     elif used is not None and not size(used).endswith("GiB"):
         text = f"{size(used)}/{size(total)}"
-    return Cell(f"{bar(share, length)} {text}" if length else text, "dim" if share is None else "red" if share > 0.97 else "cyan")
+    return Cell(
+        f"{bar(share, length)} {text}" if length else text,
+        "dim" if share is None else "red" if share > 0.97 else "cyan",
+    )
 
 
 def _utilisation(gpu: Mapping[str, Any], length: int) -> Cell:
@@ -127,7 +130,7 @@ def _power(gpu: Mapping[str, Any], *, brief: bool) -> Cell:
     now, limit = gpu.get("power_w"), gpu.get("power_limit_w")
     if now is None:
         return Cell(GAP, "dim")
-    return Cell(f"{now:.0f}/{limit:.0f} W" if limit and not brief else f"{now:.0f} W")
+    return Cell(f"{now:.0f}/{limit:.0f} W" if limit and not brief else f"{now:.0f}W")
 
 
 def _health(gpu: Mapping[str, Any]) -> Cell:
@@ -139,9 +142,7 @@ def _who(gpu: Mapping[str, Any]) -> Cell:
     """Jobs with their owners, then whoever else is on it with the command."""
     # A GPU in MIG mode lists what its devices hold; that is told at the devices.
     total = gpu.get("memory_bytes")
-    texts = [
-        _allocation(allocation, total) for allocation in gpu.get("allocations") or [] if not gpu.get("mig")
-    ]
+    texts = [_allocation(allocation, total) for allocation in gpu.get("allocations") or [] if not gpu.get("mig")]
     strangers = [p for p in gpu.get("processes") or [] if _stranger(p)]
     texts += [_process(p) for p in strangers]
     problem = gpu.get("problem") or gpu.get("avoided")

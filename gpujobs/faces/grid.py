@@ -57,9 +57,7 @@ class Grid:
 
     def add(self, *cells: Cell | str, below: Cell | None = None) -> None:
         """Add a row."""
-        self.rows.append(
-            Row(tuple(Cell(cell) if isinstance(cell, str) else cell for cell in cells), below or Cell(""))
-        )
+        self.rows.append(Row(tuple(Cell(cell) if isinstance(cell, str) else cell for cell in cells), below or Cell("")))
 
     def plain(self) -> str:
         """Aligned columns, nothing cut off and nothing folded; each line with its newline."""

@@ -31,9 +31,7 @@ _FLOW = re.compile(r"^[ \t]*(?:environment|args)[ \t]*:[ \t]*[\[{]([^\]}]*)", re
 _ITEM = re.compile(r"^[ \t]*-[ \t]*(.*)$")
 
 
-def submission(
-    files: Sequence[str], environ: Mapping[str, str], *, run_as: str | None = None
-) -> dict[str, Any]:
+def submission(files: Sequence[str], environ: Mapping[str, str], *, run_as: str | None = None) -> dict[str, Any]:
     """The body of ``POST /v1/jobs`` for these files; ``-`` is the standard input.
 
     Args:
@@ -48,9 +46,7 @@ def submission(
     try:
         here = Path.cwd()
     except OSError as error:
-        raise InvalidInput(
-            "the working directory is not there any more", hint="`cd` to one that is."
-        ) from error
+        raise InvalidInput("the working directory is not there any more", hint="`cd` to one that is.") from error
     entries: list[dict[str, str]] = []
     variables: dict[str, str] = {}
     env_files: dict[str, str] = {}
@@ -63,9 +59,7 @@ def submission(
         variables.update(variables_of(text, environ))
         for path, content in env_files_of(text, base, environ).items():
             if env_files.setdefault(path, content) != content:
-                raise InvalidInput(
-                    f"{path} means different files in these job files", hint="Submit them one by one."
-                )
+                raise InvalidInput(f"{path} means different files in these job files", hint="Submit them one by one.")
     return {
         "files": entries,
         "variables": variables,

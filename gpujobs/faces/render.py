@@ -77,9 +77,7 @@ def short_uuid(uuid: str) -> str:
 
 def _time_in_state(row: Mapping[str, Any], now: float) -> float | None:
     """Seconds that it has waited, run, or ran."""
-    submitted, started, ended = (
-        seconds_of(row.get(f"{name}_at")) for name in ("submitted", "started", "ended")
-    )
+    submitted, started, ended = (seconds_of(row.get(f"{name}_at")) for name in ("submitted", "started", "ended"))
     if ended is not None:
         return None if started is None else ended - started
     since = started if started is not None else submitted
@@ -101,9 +99,7 @@ def state_line(row: Mapping[str, Any]) -> str:
     """One change of a job as ``run`` tells it: the state, why it waits, where it runs."""
     state = clean(row.get("state"))
     if state == "running":
-        gpus = [
-            clean(i) for i in row.get("gpu_indices") or [short_uuid(clean(u)) for u in row.get("gpus") or []]
-        ]
+        gpus = [clean(i) for i in row.get("gpu_indices") or [short_uuid(clean(u)) for u in row.get("gpus") or []]]
         return "running" + (f" on GPU {', '.join(gpus)}" if gpus else "")
     why = _why(row)
     return f"{state}: {why}" if why else state

@@ -109,9 +109,7 @@ class _Connection(http.client.HTTPConnection):
 
 def _require_trusted(sock: socket.socket, host: Host) -> None:
     """A server is root's or our own: another account's would learn what we send and lie about what it did."""
-    _, uid, _ = struct.unpack(
-        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    )
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if uid not in (0, os.geteuid()):
         raise Refused(
             f"the server at {host} runs as uid {uid}, which is neither root nor you",
@@ -127,9 +125,7 @@ def _unreachable(host: Host, error: OSError) -> GpujobsError:
         if host.path == places.system_socket() and os.geteuid() != 0:
             hint = "Ask the administrator to start it (`systemctl start gpujobs`)."
         else:
-            hint = (
-                "`gpujobs serve` starts one; so do `gpujobs run` and `gpujobs submit` where this account may."
-            )
+            hint = "`gpujobs serve` starts one; so do `gpujobs run` and `gpujobs submit` where this account may."
         return NoServer(f"no server is running at {host}", hint=hint)
     if error.errno == errno.ECONNREFUSED:
         return NoServer(
@@ -137,9 +133,7 @@ def _unreachable(host: Host, error: OSError) -> GpujobsError:
             hint="`gpujobs serve` starts it again and takes up its jobs where they are.",
         )
     if isinstance(error, TimeoutError) or error.errno == errno.EAGAIN:
-        return Unavailable(
-            f"the server at {host} does not answer", hint="It may be busy or stopped; try again."
-        )
+        return Unavailable(f"the server at {host} does not answer", hint="It may be busy or stopped; try again.")
     return Unavailable(f"the server at {host} cannot be reached: {error.strerror or error}")
 
 
@@ -252,9 +246,7 @@ class Transport:
             payload = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
             if len(payload) > wire.MAX_REQUEST_BYTES:
-                raise InvalidInput(
-                    f"the request is {len(payload)} bytes; at most {wire.MAX_REQUEST_BYTES} are taken"
-                )
+                raise InvalidInput(f"the request is {len(payload)} bytes; at most {wire.MAX_REQUEST_BYTES} are taken")
         connection.request(method, target, payload, headers)
         response = connection.getresponse()
         if response.status >= 400:
@@ -284,7 +276,5 @@ class Transport:
     def _lost(self, method: str, error: Exception) -> Lost:
         hint = "Look with `gpujobs ps` whether it was done." if method == "POST" else "Try again."
         if isinstance(error, TimeoutError):
-            return Lost(
-                f"the server at {self.host} took longer than {self._answer:.0f} s to answer", hint=hint
-            )
+            return Lost(f"the server at {self.host} took longer than {self._answer:.0f} s to answer", hint=hint)
         return Lost(f"the server at {self.host} went away before it had answered", hint=hint)

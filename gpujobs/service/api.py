@@ -18,6 +18,7 @@ from gpujobs import __version__, specfile, wire
 from gpujobs.adapters.logfile import LogReader
 from gpujobs.core.errors import GpujobsError, InvalidInput, Refused
 from gpujobs.core.job import Ended, Job, Owner
+from gpujobs.core.spec import JobSpec
 from gpujobs.logwire import encode_frame
 from gpujobs.service import rows
 from gpujobs.service.access import Peer
@@ -26,6 +27,7 @@ from gpujobs.service.loop import Service
 logger = logging.getLogger("gpujobs")
 
 MAX_ROWS = 100_000
+MAX_PLANS = 100
 
 Handler = Callable[[Service, Owner, Request], Awaitable[Response]]
 
@@ -57,11 +59,13 @@ def application(service: Service) -> Starlette:
     table: list[tuple[str, str, Handler]] = [
         ("GET", "/v1/server", server),
         ("POST", "/v1/jobs", submit),
+        ("POST", "/v1/plan", plan),
         ("GET", "/v1/jobs", listing),
         ("GET", "/v1/jobs/{id}", show),
         ("GET", "/v1/jobs/{id}/watch", watch),
         ("GET", "/v1/jobs/{id}/logs", logs),
         ("POST", "/v1/jobs/{id}/cancel", cancel),
+        ("POST", "/v1/jobs/{id}/rerun", rerun),
         ("GET", "/v1/gpus", gpus),
     ]
     return Starlette(
@@ -137,6 +141,28 @@ async def server(service: Service, _: Owner, __: Request) -> Response:
 
 async def submit(service: Service, asker: Owner, request: Request) -> Response:
     """Validate files and take their jobs in: all of them, or none."""
+    owner, parsed = await _submission(service, asker, request)
+    made = await service.submit(owner, parsed)
+    submissions = {jobs[0].id.number: len(jobs) for jobs in made}
+    answer: dict[str, Any] = {
+        "jobs": [{"id": number, "elements": count} for number, count in submissions.items()],
+        "notes": service.notes,
+    }
+    return JSONResponse(answer, 201)
+
+
+async def plan(service: Service, asker: Owner, request: Request) -> Response:
+    """What would happen to each job of the files now; nothing is done."""
+    owner, parsed = await _submission(service, asker, request)
+    specs = [spec for _, _, elements in parsed for _, spec in elements]
+    plans = [await service.plan(owner, spec) for spec in specs[:MAX_PLANS]]
+    return JSONResponse({**plans[0], "jobs": len(specs), "others": plans[1:]})
+
+
+async def _submission(
+    service: Service, asker: Owner, request: Request
+) -> tuple[Owner, list[tuple[str, str, list[tuple[int | None, JobSpec]]]]]:
+    """Whose jobs the files of a request would be, and what they say: (name, text, elements)."""
     data = await _body(request)
     run_as = data.get("run_as")
     if run_as is not None and not isinstance(run_as, str):
@@ -160,13 +186,7 @@ async def submit(service: Service, asker: Owner, request: Request) -> Response:
         )
         elements = await asyncio.to_thread(specfile.parse, text, context)
         parsed.append((context.file, text, [(element.index, element.spec) for element in elements]))
-    made = await service.submit(owner, parsed)
-    submissions = {jobs[0].id.number: len(jobs) for jobs in made}
-    answer: dict[str, Any] = {
-        "jobs": [{"id": number, "elements": count} for number, count in submissions.items()],
-        "notes": service.notes,
-    }
-    return JSONResponse(answer, 201)
+    return owner, parsed
 
 
 async def listing(service: Service, asker: Owner, request: Request) -> Response:
@@ -208,7 +228,7 @@ async def watch(service: Service, _: Owner, request: Request) -> Response:
                     if told.get(job.id) != line:
                         told[job.id] = line
                         yield line.encode() + b"\n"
-                if all(isinstance(job.state, Ended) for job in found):
+                if all(service.settled(job) for job in found):
                     return
                 await event.wait()
         finally:
@@ -227,6 +247,16 @@ async def cancel(service: Service, asker: Owner, request: Request) -> Response:
     changed = [await service.stop(job.id, "cancelled", message) for job in found]
     explainer = service.explainer()
     return JSONResponse({"jobs": [rows.row(service, job, explainer) for job in changed]})
+
+
+async def rerun(service: Service, asker: Owner, request: Request) -> Response:
+    """Submit a job or an array again: the same specification, the same image by its digest."""
+    found = await service.named(request.path_params["id"])
+    for job in found:
+        if not service.directory.may_act(asker, job):
+            raise Refused(f"job {job.id} is {job.owner.name}'s: only they and administrators may run it again")
+    made = await service.rerun(found)
+    return JSONResponse({"jobs": [{"id": made[0].id.number, "elements": len(made)}], "notes": service.notes}, 201)
 
 
 async def logs(service: Service, asker: Owner, request: Request) -> Response:

@@ -22,11 +22,22 @@ from gpujobs.adapters.mounts import MountHeld
 from gpujobs.adapters.streams import LOG_CONFIG, follow_log
 from gpujobs.core import job as jobs
 from gpujobs.core.container import (
-    Image, Mount, Order, checkpoints, container_name, control_file, create_request, differences, group_file, passwd_file,
+    Image,
+    Mount,
+    Order,
+    checkpoints,
+    container_name,
+    control_file,
+    create_request,
+    differences,
+    group_file,
+    passwd_file,
 )  # fmt: skip
+from gpujobs.core.cuda import needs_newer_driver
 from gpujobs.core.endings import Ending, ending_of
 from gpujobs.core.errors import GpujobsError, Unavailable
 from gpujobs.core.job import Allocation, Job
+from gpujobs.core.planning import source_of
 from gpujobs.service.access import group_names
 from gpujobs.service.faults import fault
 
@@ -111,7 +122,11 @@ class Attempt:
             fault("container-ended")
             await self._service.end(self.job_id, ending, code)
             fault("end-committed")
-            await self._close_log()
+            if self._log is not None:
+                await self._log
+            if code:
+                await self._service.explain_end(self.job_id, self.number, code)
+            await self._service.close_log(self.job_id, self.number)
             fault("log-closed")
         finally:
             self.started.set()
@@ -126,6 +141,8 @@ class Attempt:
             await self._return_to()
             return
         image = await self._image()
+        if self.allocation.gpus and (problem := needs_newer_driver(image, self._service.inventory)) is not None:
+            raise Failed("image", problem)
         fault("image-ready")
         order = await self._order(image)
         request = create_request(order)
@@ -174,9 +191,11 @@ class Attempt:
         engine = self._service.engine
         try:
             image = await engine.image(self._recorded_image or reference)
-            return replace(image, reference=reference)
         except Gone:
             pass
+        else:
+            await self._service.starting(self.job_id)  # a server that died while it was fetched left it pulling
+            return replace(image, reference=reference)
         self.started.set()  # who has to fetch its image does not keep the others waiting
         await self._service.pulling(self.job_id)
         try:
@@ -195,7 +214,10 @@ class Attempt:
         for position, volume in enumerate(spec.volumes):
             if volume.type == "tmpfs":
                 continue
-            mounts.append(await self._pin(volume.source, volume.target, volume.read_only, f"{self.name}-{position}"))
+            source = source_of(owner, volume.type, volume.source)
+            if volume.type == "volume":
+                await self._make_directory(source)
+            mounts.append(await self._pin(source, volume.target, volume.read_only, f"{self.name}-{position}"))
         tmpfs = {
             v.target: f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700" + (f",size={v.size}" if v.size else "")
             for v in spec.volumes
@@ -213,7 +235,7 @@ class Attempt:
             allocation=self.allocation, image=image, control=str(self.control), home=home,
             runtime=service.settings.runtime, mounts=tuple(mounts), tmpfs=tmpfs, log=LOG_CONFIG,
             visible="void" if service.inventory.simulated else ",".join(self.allocation.gpus) or "void",
-            timezone=service.timezone, ceilings=service.ceilings,
+            timezone=service.timezone, ceilings=service.ceilings, near=service.near(self.allocation),
         )  # fmt: skip
         names = await service.directory.lookup(lambda: group_names(owner))
         self._write_control(order, passwd_file(owner, home), group_file(owner, names))
@@ -229,7 +251,14 @@ class Attempt:
             except GpujobsError as error:
                 raise Failed("server", f"volumes: {source}: {error}") from error
             else:
-                return Mount(source=str(pin.path), target=target, read_only=read_only)
+                ours = read_only and not self._service.mounts.read_only_itself
+                return Mount(source=str(pin.path), target=target, read_only=ours)
+
+    async def _make_directory(self, path: str) -> None:
+        try:
+            await self._service.mounts.make_directory(self._job.owner, path)
+        except GpujobsError as error:
+            raise Failed("server", f"volumes: {error}") from error
 
     async def _home(self, home: str) -> Mount | None:
         """A directory of the owner's that is HOME inside and outlives the job; None where they have no home."""
@@ -385,11 +414,6 @@ class Attempt:
         if self.container is None:
             return
         await self._service.engine.kill(self.container, "SIGKILL")
-
-    async def _close_log(self) -> None:
-        if self._log is not None:
-            await self._log
-        await self._service.close_log(self.job_id, self.number)
 
 
 def remove_control(directory: Path) -> None:

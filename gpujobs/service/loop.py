@@ -27,14 +27,16 @@ from gpujobs.adapters.mounts import MountSource
 from gpujobs.adapters.store import Ledger, Store
 from gpujobs.adapters.streams import Disconnected, EngineEvent, Reconnected, engine_events, follow_log
 from gpujobs.core import job as jobs
-from gpujobs.core.container import Image
+from gpujobs.core.container import Image, cpus_near
 from gpujobs.core.decide import Host, Policy, Start, Stop, View, check_possible, decide, next_deadline, shape_of
+from gpujobs.core.diagnose import command_hint, diagnose
 from gpujobs.core.endings import Ending
 from gpujobs.core.errors import GpujobsError, Unavailable, UnknownId
 from gpujobs.core.explain import Explainer
 from gpujobs.core.inventory import Inventory
-from gpujobs.core.job import Job, JobId, Owner
+from gpujobs.core.job import Allocation, Job, JobId, Owner
 from gpujobs.core.place import strangers
+from gpujobs.core.planning import as_row, plan
 from gpujobs.core.ports import Clock, GpuSource
 from gpujobs.core.queue import QueueState
 from gpujobs.core.reconcile import Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, foreign, reconcile
@@ -51,6 +53,12 @@ RECHECK_SECONDS = 2.0
 
 WRITE_AGAIN_SECONDS = 2.0
 """Between tries to write an end when the ledger's disk is full."""
+
+DIAGNOSED_LINES = 200
+DIAGNOSED_BYTES = 64 * 1024
+
+XID_EVENTS = 64
+"""XID errors taken note of before each look at the GPUs."""
 
 NVML_SECONDS = 15.0
 FRESH_SECONDS = 1.0
@@ -209,11 +217,18 @@ class Service:
             return self.inventory
         try:
             async with asyncio.timeout(NVML_SECONDS):
-                self.inventory = await loop.run_in_executor(self._nvml, self._gpus.snapshot, self._locate)
+                self.inventory = await loop.run_in_executor(self._nvml, self._snapshot)
         except TimeoutError:
             self.inventory = replace(self.inventory, gpus=(), problem=f"NVML did not answer in {NVML_SECONDS:g} s")
         self._looked_at = loop.time()
         return self.inventory
+
+    def _snapshot(self) -> Inventory:
+        for _ in range(XID_EVENTS):
+            if (event := self._gpus.wait_event(0)) is None:
+                break
+            logger.warning("GPU %s: XID %d", event.uuid, event.xid)
+        return self._gpus.snapshot(self._locate)
 
     def _locate(self, container: str) -> str | None:
         job = self._by_container.get(container)
@@ -227,6 +242,11 @@ class Service:
             numbers[gpu.uuid] = number
             numbers.update({mig.uuid: number for mig in gpu.mig})
         return numbers
+
+    def near(self, allocation: Allocation) -> tuple[int, ...]:
+        """The CPUs near an allocation's GPUs."""
+        gpus = [gpu for uuid in allocation.gpus if (gpu := self.inventory.by_uuid(uuid)) is not None]
+        return cpus_near(gpus, allocation.cpus, int(self._host.cpus))
 
     async def _step(self) -> None:
         if self._gpu_jobs_wait():
@@ -401,6 +421,27 @@ class Service:
         self._notes.pop(job_id, None)
         self.wake()
 
+    async def explain_end(self, job_id: JobId, attempt: int, exit_code: int) -> None:
+        """Say what the end of a failed job's log tells."""
+        lines = bytearray()
+        if (log := self.open_log(job_id, attempt)) is not None:
+            async for batch in log.reader().batches(tail=DIAGNOSED_LINES):
+                lines += b"".join(record.payload for record in batch)
+                del lines[:-DIAGNOSED_BYTES]
+        job = await self.job(job_id)
+        if not isinstance(job.state, jobs.Ended) or job.state.reason != "exit" or job.state.attempt != attempt:
+            return
+        words = job.state.message
+        if exit_code == 127 and (argv := (*(job.spec.entrypoint or ()), *(job.spec.command or ()))):
+            words += f": {argv[0]}: {command_hint(argv[0])}"
+        elif (finding := diagnose(bytes(lines), exit_code)) is not None:
+            words = f"exit {exit_code}: {finding.cause}: {finding.hint}"
+        else:
+            return
+        explained = replace(job, state=replace(job.state, message=words))
+        await self._must(lambda: self.store.change(lambda ledger: ledger.set_state(explained)))
+        self._apply(explained)
+
     async def note(self, job_id: JobId, message: str) -> None:
         """What an active job is waiting for, shown with its row."""
         self._notes[job_id] = message
@@ -430,6 +471,37 @@ class Service:
                 self._apply(job)
         self.wake()
         return made
+
+    async def rerun(self, found: list[Job]) -> list[Job]:
+        """Take the jobs of one submission in again, each with the image that its last attempt ran.
+
+        Raises:
+            Refused: One of them can never run here any more.
+        """
+        first = found[0]
+        specs: list[tuple[int | None, JobSpec]] = []
+        for job in found:
+            attempts = await self.store.read(lambda ledger, job=job: ledger.attempts(job.id))  # type: ignore[misc]
+            ran = next((row for row in reversed(attempts) if row["image"]), None)
+            image = job.spec.image if ran is None else ran["digest"] or ran["image"]
+            specs.append((job.id.index, replace(job.spec, image=image, build=None if image else job.spec.build)))
+        made = await self.submit(first.owner, [(f"rerun of {first.id.number}", "", specs)])
+        return made[0]
+
+    async def plan(self, owner: Owner, spec: JobSpec) -> dict[str, Any]:
+        """What would happen to a job now.
+
+        Raises:
+            Refused: It can never run here.
+        """
+        await self.look()
+        reference = spec.image or f"(built from {spec.build.context if spec.build else ''})"
+        try:
+            image = await self.engine.image(reference) if spec.image else Image(id="", reference=reference)
+        except Gone:
+            image = Image(id="", reference=reference)
+        settings = self.settings
+        return as_row(plan(spec, owner, image, self.view(), runtime=settings.runtime, ceilings=self.ceilings))
 
     async def stop(self, job_id: JobId, reason: str, message: str) -> Job:
         """End a job, waiting or active; answered once that is recorded."""
@@ -487,6 +559,10 @@ class Service:
     def note_of(self, job_id: JobId) -> str:
         """What an active job is waiting for; empty for nothing."""
         return self._notes.get(job_id, "")
+
+    def settled(self, job: Job) -> bool:
+        """Whether a job has ended and all that it wrote is stored."""
+        return isinstance(job.state, jobs.Ended) and (job.id, job.state.attempt) not in self._logs
 
     def watch(self, number: int) -> asyncio.Event:
         """An event that is set at each change of a submission's jobs; give it back with :meth:`unwatch`."""

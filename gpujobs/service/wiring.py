@@ -22,7 +22,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gpujobs import init, places, settings as configuration
+from gpujobs import init, places
+from gpujobs import settings as configuration
 from gpujobs.adapters import enginelock
 from gpujobs.adapters.engine import Engine, EngineInfo, default_host
 from gpujobs.adapters.mounts import Mounts, MountSource, PlainMounts
@@ -35,7 +36,8 @@ from gpujobs.service.access import Directory, peer_of
 from gpujobs.service.api import application
 from gpujobs.service.attempts import install_init
 from gpujobs.service.loop import Paths, Service
-from gpujobs.simulated import SimulatedGpus, load as load_machine
+from gpujobs.simulated import SimulatedGpus
+from gpujobs.simulated import load as load_machine
 
 logger = logging.getLogger("gpujobs")
 
@@ -88,10 +90,10 @@ async def _serve(config: Path | None, simulate: Path | None) -> int:
     state = places.server_state(environ)
     address = places.socket_of(host) if (host := environ.get("GPUJOBS_HOST")) else places.server_socket(environ)
     paths = _make_places(state)
-    mounts: MountSource = await _mounts(paths, state)
     with _one_server(state), _announced(state, address) as ended:
         engine = Engine(default_host(environ))
         info = await engine.info()
+        mounts = await _mounts(paths, (state, places.SYSTEM_RUN, Path(info.root or "/var/lib/docker")))
         gpus: GpuSource = SimulatedGpus(load_machine(simulate)) if simulate is not None else Nvml()
         if simulate is None and settings.runtime not in info.runtimes:
             logger.warning("the Engine has no runtime %r: jobs with GPUs will not start", settings.runtime)
@@ -114,10 +116,10 @@ async def _serve(config: Path | None, simulate: Path | None) -> int:
     return 0
 
 
-async def _mounts(paths: Paths, state: Path) -> MountSource:
+async def _mounts(paths: Paths, forbidden: tuple[Path, ...]) -> MountSource:
     if os.geteuid() != 0:
-        return await PlainMounts.start(forbidden=(state,))
-    return await Mounts.start(paths.pins, forbidden=(state, places.SYSTEM_RUN))
+        return await PlainMounts.start(forbidden=forbidden)
+    return await Mounts.start(paths.pins, forbidden=forbidden)
 
 
 async def _assemble(

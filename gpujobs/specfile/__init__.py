@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gpujobs.core import spec
 from gpujobs.core.errors import InvalidInput, Problem
 from gpujobs.core.forms import env_file_paths
-from gpujobs.core.interpolate import interpolate, names
+from gpujobs.core.interpolate import interpolate, names, references
 from gpujobs.core.spec import JobFile, JobSpec
 from gpujobs.core.values import Context, Fault, Json, Loc, Parsed, SpecError, shown, typed
 from gpujobs.specfile import matrix
@@ -159,9 +159,7 @@ class _Reading:
             self._note(note.place, note.loc, note.message)
         value = self._tree.value
         if not isinstance(value, dict):
-            self._faults(
-                [Fault((), "the file is not a mapping; write keys and values, such as `name: train`")]
-            )
+            self._faults([Fault((), "the file is not a mapping; write keys and values, such as `name: train`")])
             self._raise()
         assert isinstance(value, dict)
         value = {key: item for key, item in value.items() if not key.startswith("x-")}
@@ -275,11 +273,7 @@ class _Reading:
         try:
             return _adapter().validate_python(raw, context=self._context)
         except ValidationError as error:
-            known = (
-                {(problem.line, problem.column, problem.path) for problem in self._problems}
-                if again
-                else set()
-            )
+            known = {(problem.line, problem.column, problem.path) for problem in self._problems} if again else set()
             for fault in _flat(error):
                 # Elements of a matrix go wrong in the same place: told for the first of them.
                 loc = self._known(fault.loc)
@@ -292,15 +286,11 @@ class _Reading:
         """Says with which values of the matrix a template went wrong."""
         template: object = self._tree.value
         for step in fault.loc:
-            if (
-                isinstance(template, Mapping)
-                and step in template
-                or isinstance(template, list)
-                and isinstance(step, int)
-                and step < len(template)
-            ):
-                template = template[step]
-        here = [name for name in element if isinstance(template, str) and name in str(template)]
+            if isinstance(template, Mapping):
+                template = template.get(step)
+            elif isinstance(template, list) and isinstance(step, int):
+                template = template[step] if step < len(template) else None
+        here = sorted(references(template) & set(element)) if isinstance(template, str) else []
         shown_values = ", ".join(f"{name}={shown(str(element[name]), 30)[1:-1]}" for name in here)
         return fault._replace(message=f"{fault.message} (with {shown_values})") if here else fault
 

@@ -28,9 +28,7 @@ def combinations(value: object) -> list[Values]:
     """
     faults = Faults()
     if not isinstance(value, Mapping):
-        faults.add(
-            f"{describe(value)} is not a matrix; write a mapping of lists, such as {{lr: [0.1, 0.01]}}"
-        )
+        faults.add(f"{describe(value)} is not a matrix; write a mapping of lists, such as {{lr: [0.1, 0.01]}}")
         faults.check()
         return []
     axes = {}
@@ -122,9 +120,7 @@ def _sets(value: Mapping[str, object], key: str, faults: Faults) -> list[Values]
     return result
 
 
-def _exclude(
-    elements: list[Values], excludes: list[Values], names: list[str], faults: Faults
-) -> list[Values]:
+def _exclude(elements: list[Values], excludes: list[Values], names: list[str], faults: Faults) -> list[Values]:
     kept = elements
     for index, entry in enumerate(excludes):
         if _strange(entry, names, faults, "exclude", index):
@@ -190,9 +186,7 @@ def replace(value: object, change: Callable[[str], str]) -> object:
     return value
 
 
-def used(
-    value: Mapping[str, object], names: list[str], *, matrix: bool
-) -> tuple[set[str], dict[str, frozenset[str]]]:
+def used(value: Mapping[str, object], names: list[str], *, matrix: bool) -> tuple[set[str], dict[str, frozenset[str]]]:
     """The matrix names in a file, and those in each of its keys.
 
     Raises:
@@ -213,9 +207,7 @@ def used(
                 )
             elif key != "matrix":
                 for name in sorted(here - set(names)):
-                    allowed = (
-                        f"names are {', '.join(names)}" if matrix else "there is no matrix: in this file"
-                    )
+                    allowed = f"names are {', '.join(names)}" if matrix else "there is no matrix: in this file"
                     faults.add(f"{{{{ {name} }}}} names no axis; {allowed}{did_you_mean(name, names)}", *loc)
                 found |= here
         by_key[key] = frozenset(found)

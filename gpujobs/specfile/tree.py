@@ -107,9 +107,7 @@ def decode(text: bytes | str) -> str:
             raise TextError(place, f"{what} in the file; remove it (in double quotes \\x{ord(char):02x})")
         raise TextError(place, f"character U+{ord(char):04X} in the file; remove it")
     if len(text.encode()) > BYTES_MAX:
-        raise TextError(
-            start, f"the file has {len(text.encode()):,} bytes; at most {BYTES_MAX:,} (1 MiB) are allowed"
-        )
+        raise TextError(start, f"the file has {len(text.encode()):,} bytes; at most {BYTES_MAX:,} (1 MiB) are allowed")
     return text
 
 
@@ -189,9 +187,7 @@ def _syntax(error: yaml.MarkedYAMLError, text: str) -> TextError:
     lines = text.split("\n")
     near = lines[place.line - 1] if place.line <= len(lines) else ""
     if "\t" in near[: len(near) - len(near.lstrip())]:
-        return TextError(
-            Place(place.line, near.index("\t") + 1), "a tab indents this line; indent with spaces"
-        )
+        return TextError(Place(place.line, near.index("\t") + 1), "a tab indents this line; indent with spaces")
     problem = str(error.problem or error.context or "")
     opened = error.context_mark if error.context_mark and "not closed" in _say(problem) else None
     if opened is not None:
@@ -254,9 +250,7 @@ class _Composer:
             self._tag(event.tag, any(event.implicit), place)
             plain = bool(event.implicit[0])
         if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-            raise TextError(
-                place, r"the text contains a NUL character or half a character; remove the \0 or \u in it"
-            )
+            raise TextError(place, r"the text contains a NUL character or half a character; remove the \0 or \u in it")
         self._count(place)
         node = _Node(place, Plain(text) if plain else text, done=True)
         self._anchor(event.anchor, node)
@@ -276,9 +270,7 @@ class _Composer:
         if node is None:
             raise TextError(place, f"not valid YAML: {_say('found undefined alias')}")
         if not node.done:
-            raise TextError(
-                place, f"alias {shown('*' + anchor)} is part of what it stands for; write the value out"
-            )
+            raise TextError(place, f"alias {shown('*' + anchor)} is part of what it stands for; write the value out")
         # A value may be used many times: its size counts each time, before anything of that size is made.
         self._count(place, node.weight)
         self._add(_Node(place, node.value, node.mapping, done=True, weight=node.weight, height=node.height))
@@ -311,9 +303,7 @@ def _build(node: _Node, loc: Loc, tree: Tree) -> object:
     return node.value
 
 
-def _fill(
-    node: _Node, loc: Loc, result: dict[str, object], tree: Tree, *, merging: bool
-) -> dict[str, object]:
+def _fill(node: _Node, loc: Loc, result: dict[str, object], tree: Tree, *, merging: bool) -> dict[str, object]:
     """Puts a mapping's keys into ``result`` where they are not there yet; then those it merges."""
     merges: list[_Node] = []
     seen: dict[str, Place] = {}

@@ -1,4 +1,4 @@
-"""Mounts as submitters may have them: real accounts, real mounts, a real Engine, and file systems that hang."""
+"""Mounts as submitters may have them: real accounts, mounts and an Engine, and file systems that hang."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from gpujobs.adapters.mounts import Mounts, Pin, PlainMounts
-from gpujobs.adapters.mounts import MountHeld
+from gpujobs.adapters.mounts import MountHeld, Mounts, Pin, PlainMounts
 from gpujobs.core.errors import InvalidInput, Refused, Unavailable
 from gpujobs.core.job import Owner
 from tests.lab import accounts, images
@@ -89,8 +88,12 @@ def mounts_below(path: Path | str) -> list[str]:
     return [point for point in points if point == str(path) or point.startswith(f"{path}/")]
 
 
+def run(*argv: str | Path) -> None:
+    subprocess.run([*map(str, argv)], check=True)
+
+
 def mount(*args: str | Path) -> None:
-    subprocess.run(["mount", *map(str, args)], check=True)
+    run("mount", *args)
 
 
 def children_of(pid: int) -> list[int]:
@@ -98,7 +101,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def descriptors_of(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 async def until(condition: Callable[[], object], limit: float = 10.0) -> None:
@@ -142,7 +145,7 @@ def test_a_directory_below_another_users_0700_home_is_refused_and_ones_own_is_no
             pin = await mounts.pin(owner_of(ben), str(data), False, "mine")
             assert (pin.device, pin.inode) == (data.stat().st_dev, data.stat().st_ino)
             assert pin.kind == "dir"
-            assert os.stat(pin.path).st_ino == data.stat().st_ino
+            assert Path(pin.path).stat().st_ino == data.stat().st_ino
             assert run_as(ben, ["ls", pin.path]).returncode != 0, "nobody but root may use pins"
             assert await mounts.check(pin)
 
@@ -237,7 +240,7 @@ while True:
                 except Refused:
                     seen["refused"] += 1
                 else:
-                    assert pin.inode == mine.stat().st_ino == os.stat(pin.path).st_ino
+                    assert pin.inode == mine.stat().st_ino == Path(pin.path).stat().st_ino
                     seen["mine"] += 1
         assert min(seen.values()) >= 10, seen
 
@@ -257,8 +260,8 @@ def test_interfaces_of_the_kernel_and_what_is_the_servers_are_refused(place, ann
 
     async def scenario():
         async with mounts_at(place, forbidden=[state]) as mounts:
-            for path in ("/proc", "/proc/self", "/sys", "/sys/fs/cgroup", "/dev", "/dev/shm", "/dev/null", around,
-                         place / "bound", place / "devices", f"{shared}/../../../proc/sys"):  # fmt: skip
+            kernel = ("/proc", "/proc/self", "/sys", "/sys/fs/cgroup", "/dev", "/dev/shm", "/dev/null")
+            for path in (*kernel, around, place / "bound", place / "devices", f"{shared}/../../../proc/sys"):
                 with pytest.raises(Refused, match=r"the kernel's own|is a device"):
                     await mounts.pin(owner_of(anna), str(path), True, "kernel")
             for path in (state, state / "inside"):
@@ -298,7 +301,7 @@ def test_sockets_pipes_and_devices_are_refused_without_being_opened(place, anna,
 def test_what_is_not_there_is_not_made(place, anna):
     async def scenario():
         async with mounts_at(place) as mounts:
-            with pytest.raises(InvalidInput, match=r"no such directory: /home/nobody/x \(nothing is created for you"):
+            with pytest.raises(InvalidInput, match=r"no such directory: /home/nobody/x \(nothing is"):
                 await mounts.pin(owner_of(anna), "/home/nobody/x", False, "absent")
             with pytest.raises(InvalidInput, match="Not a directory"):
                 await mounts.pin(owner_of(anna), "/etc/passwd/x", False, "absent")
@@ -322,7 +325,7 @@ uid, gid = os.getuid(), os.getgid()
 assert libc.unshare(0x10000000 | 0x00020000) == 0, os.strerror(ctypes.get_errno())  # user, mount
 for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
     open("/proc/self/" + name, "w").write(line)
-assert libc.mount(b"mine", sys.argv[1].encode(), b"tmpfs", 0, b"mode=755") == 0, os.strerror(ctypes.get_errno())
+assert libc.mount(b"mine", sys.argv[1].encode(), b"tmpfs", 0, b"mode=755") == 0, ctypes.get_errno()
 os.mkdir(sys.argv[1] + "/planted")
 print("ready", flush=True)
 time.sleep(600)
@@ -405,28 +408,39 @@ def test_removing_a_pin_leaves_the_mounts_below_its_shared_original(place, anna)
     asyncio.run(scenario())
 
 
-def test_a_pin_of_everything_holds_neither_pins_nor_the_kernels_interfaces_nor_the_servers_mounts(place, anna):
+def test_a_pin_of_everything_holds_no_pins_and_nothing_of_the_kernels_or_servers(place, anna):
     (engine := place / "engine").mkdir(mode=0o755)
     mount("-t", "tmpfs", "rootfs-of-a-container", made(engine / "merged"))
 
     async def scenario():
         async with mounts_at(place, forbidden=[engine]) as mounts:
             await mounts.pin(owner_of(anna), "/usr", True, "usr")
-            counts = []
             for number in range(4):
                 pin = await mounts.pin(owner_of(anna), "/", True, f"all{number}")
                 inside = [point.removeprefix(pin.path) for point in mounts_below(pin.path)]
-                counts.append(len(inside))
-                assert not any(point.startswith(("/proc", "/sys", "/dev", str(engine), mounts.pins)) for point in inside)
-                assert os.path.exists(f"{pin.path}/usr/bin")
-                assert os.listdir(f"{pin.path}/proc") == []
-            assert max(counts) == min(counts), "pins of everything multiply"
+                barred = ("/proc", "/sys", "/dev", str(engine), mounts.pins)
+                assert not any(point.startswith(barred) for point in inside)
+                assert Path(pin.path, "usr/bin").exists()
+                assert not list(Path(pin.path, "proc").iterdir())
+
+    asyncio.run(scenario())
+
+
+def test_copies_of_the_directory_above_have_no_pins_and_not_even_their_names(place, anna, shared):
+    copy = made(shared / "copy")
+
+    async def scenario():
+        async with mounts_at(place) as mounts:
+            await mounts.pin(owner_of(anna), "/usr", True, "usr")
+            mount("--rbind", place, copy)
+            assert mounts_below(copy) == [str(copy)]
+            assert not list((copy / "pins").iterdir())
 
     asyncio.run(scenario())
 
 
 def test_taking_proc_out_of_a_pin_cannot_be_led_to_the_hosts_own(place, anna, shared):
-    """Anna's directory holds a /proc that root mounted (as for a chroot); she swaps the way there for a link to /."""
+    """Anna's directory holds a /proc that root mounted, as for a chroot; she swaps the way for a link."""
     (tree := shared / "tree").mkdir()
     (tree / "chroot").mkdir()
     os.chown(tree, anna.uid, anna.gid)
@@ -446,8 +460,8 @@ while True:
     async def scenario():
         outcomes = {"pinned": 0, "refused": 0}
         async with mounts_at(place) as mounts:
-            deadline = time.monotonic() + 5
-            while time.monotonic() < deadline and sum(outcomes.values()) < 150:
+            deadline = time.monotonic() + 8
+            while time.monotonic() < deadline and min(outcomes.values()) < 40:
                 try:
                     pin = await mounts.pin(owner_of(anna), str(tree), False, "tree")
                 except (Refused, InvalidInput, MountHeld):
@@ -456,7 +470,7 @@ while True:
                 else:
                     outcomes["pinned"] += 1
                     assert mounts_below(pin.path) == [pin.path]
-        assert outcomes["pinned"] > 0, outcomes
+        assert min(outcomes.values()) > 0, outcomes  # both happened, so the way was swapped in time
 
     with running(anna, swap, tree):
         asyncio.run(scenario())
@@ -476,14 +490,14 @@ def test_a_pin_is_known_again_only_as_the_very_same_file(place, anna, shared):
             (shared / "data").rename(shared / "moved")
             (shared / "data").mkdir()
             assert await mounts.check(pin)
-            assert os.stat(pin.path).st_ino == (shared / "moved").stat().st_ino
-            subprocess.run(["umount", pin.path], check=True)
+            assert Path(pin.path).stat().st_ino == (shared / "moved").stat().st_ino
+            run("umount", pin.path)
             assert not await mounts.check(pin), "the mount is lost, and an empty directory is there"
             again = await mounts.pin(owner_of(anna), f"{shared}/moved", False, "data")
             assert again == pin
             other = Pin(path=pin.path, device=pin.device, inode=pin.inode + 1, kind="dir", read_only=False)
             assert not await mounts.check(other)
-            subprocess.run(["mount", "-o", "remount,bind,dev,suid", pin.path], check=True)
+            run("mount", "-o", "remount,bind,dev,suid", pin.path)
             assert not await mounts.check(pin), "its flags are gone"
 
     asyncio.run(scenario())
@@ -500,11 +514,12 @@ def test_two_hundred_pins_leak_nothing(place, anna):
 
             await once(0)
             helper = mounts.helper_pid
-            before = descriptors_of(helper), descriptors_of(os.getpid()), len(mounts_below("/"))
+            await until(lambda: not children_of(helper))
+            before = descriptors_of(helper), descriptors_of(os.getpid()), len(mounts_below(place))
             for start in range(0, 200, 20):
                 await asyncio.gather(*(once(number) for number in range(start, start + 20)))
             await until(lambda: not children_of(helper))
-            assert (descriptors_of(helper), descriptors_of(os.getpid()), len(mounts_below("/"))) == before
+            assert (descriptors_of(helper), descriptors_of(os.getpid()), len(mounts_below(place))) == before
             assert mounts.list() == ()
             assert mounts.helper_pid == helper
 
@@ -523,7 +538,11 @@ def test_directories_are_made_and_files_are_read_as_their_owner(place, anna, ben
             await mounts.make_directory(owner_of(anna), f"{shared}/kept")
             for name in ("a", "a/b", "a/b/c"):
                 status = (shared / name).stat()
-                assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (anna.uid, anna.gid, 0o700)
+                assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (
+                    anna.uid,
+                    anna.gid,
+                    0o700,
+                )
             assert stat.S_IMODE((shared / "kept").stat().st_mode) == 0o755
             with pytest.raises(Refused, match=f"permission denied for {ben.name}"):
                 await mounts.make_directory(owner_of(ben), f"{shared}/a/d")
@@ -547,6 +566,41 @@ def test_directories_are_made_and_files_are_read_as_their_owner(place, anna, ben
                     await mounts.read_file(owner_of(anna), path, 10**6)
 
     asyncio.run(scenario())
+
+
+def test_the_servers_own_open_files_are_not_the_users(place, anna):
+    """The log of the server, readable by its mode, lies in a directory that is not."""
+    (private := place / "private").mkdir(mode=0o700)
+    log = private / "log"
+    script = """
+import asyncio, sys
+from pathlib import Path
+from gpujobs.adapters.mounts import Mounts
+from gpujobs.core.errors import GpujobsError
+from gpujobs.core.job import Owner
+anna = Owner(uid=int(sys.argv[2]), gid=int(sys.argv[2]), groups=(), name="anna", home="/")
+async def main():
+    mounts = await Mounts.start(Path(sys.argv[1]))
+    for number in range(100):
+        for work in (mounts.read_file(anna, f"/proc/self/fd/{number}", 1000),
+                     mounts.pin(anna, f"/proc/self/fd/{number}", True, "x")):
+            try:
+                print("got", number, await work)
+            except GpujobsError as error:
+                print("refused", number, error)
+    await mounts.remove_all()
+    await mounts.close()
+asyncio.run(main())
+"""
+    with log.open("w") as stderr:
+        log.chmod(0o644)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(place / "pins"), str(anna.uid)],
+            stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, check=True,
+        )  # fmt: skip
+    assert log.read_text() == ""
+    assert "got" not in done.stdout
+    assert done.stdout.count("refused") == 200
 
 
 # --- what hangs ---------------------------------------------------------------------------------------------
@@ -593,7 +647,7 @@ def test_a_name_is_not_given_again_while_root_itself_hangs_on_it(place, anna):
 
     async def scenario(fuse: Fuse):
         async with mounts_at(place, time_limit=0.5) as mounts:
-            with pytest.raises(MountHeld, match="timed out after 0.5 s"):
+            with pytest.raises(MountHeld, match=r"timed out after 0\.5 s"):
                 await mounts.pin(owner_of(anna), str(point), False, "data")
             with pytest.raises(MountHeld, match="an earlier attempt still hangs"):
                 await mounts.pin(owner_of(anna), "/usr", False, "data")
@@ -640,11 +694,10 @@ def test_a_pin_whose_file_server_dies_is_held_not_taken_for_lost(place, anna):
             pin = await mounts.pin(owner_of(anna), str(point), False, "remote")
             assert await mounts.check(pin)
             fuse.mood = "ignore"
-            await asyncio.sleep(0.1)  # the server's own tick
             with pytest.raises(MountHeld, match="timed out"):
                 await mounts.check(pin)
             fuse.abort()
-            with pytest.raises(MountHeld, match="not connected|aborted"):
+            with pytest.raises(MountHeld, match=r"not connected|aborted"):
                 await mounts.check(pin)
             with pytest.raises(MountHeld, match="is its file server there"):
                 await mounts.pin(owner_of(anna), str(point), False, "again")
@@ -660,7 +713,7 @@ def test_a_file_system_that_shuts_root_out_is_refused_in_plain_words(place, anna
 
     async def scenario():
         async with mounts_at(place) as mounts:
-            with pytest.raises(Refused, match=f"{point}: its file system shuts root out.*allow_other"):
+            with pytest.raises(Refused, match=rf"{point}: its file system shuts root out.*allow_other"):
                 await mounts.pin(owner_of(anna), str(point), False, "private")
             with pytest.raises(Refused, match="permission denied"):
                 await mounts.pin(owner_of(ben), str(point), False, "private")
@@ -772,11 +825,8 @@ def test_a_pin_that_nobody_waits_for_any_more_is_removed(place, anna):
     async def scenario():
         async with mounts_at(place) as mounts:
             for number in range(10):
-                task = asyncio.create_task(mounts.pin(owner_of(anna), "/usr", True, f"pin{number}"))
-                await until(lambda: children_of(mounts.helper_pid) or task.done())
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(mounts.pin(owner_of(anna), "/usr", True, f"pin{number}"), 0.002)
                     await mounts.unpin(f"pin{number}")
             await until(lambda: mounts.list() == () and not children_of(mounts.helper_pid))
 
@@ -808,7 +858,7 @@ def in_container(engine: lab.Engine, account: Account, pin: Pin, script: str, *,
     )  # fmt: skip
 
 
-def test_files_that_a_job_writes_belong_to_its_owner_and_anothers_home_stays_shut(place, anna, ben, shared, engine):
+def test_what_a_job_writes_is_its_owners_and_anothers_home_stays_shut(place, anna, ben, shared, engine):
     async def scenario():
         async with mounts_at(place) as mounts:
             pin = await mounts.pin(owner_of(anna), str(shared), False, "work")
@@ -837,18 +887,19 @@ def test_the_flags_hold_in_a_container_after_the_engines_own_mount(place, anna, 
                 "/data/inner/id -u 2>/dev/null; exit 0",
                 docker_ro=docker_ro,
             )  # fmt: skip
-            flags = {line.split()[4]: set(line.split()[5].split(",")) for line in seen.splitlines() if " - " in line}
+            fields = [line.split() for line in seen.splitlines() if " - " in line]
+            flags = {field[4]: set(field[5].split(",")) for field in fields}
             assert set(flags) == {"/data", "/data/inner"}
             assert {"ro", "nosuid", "nodev"} <= flags["/data/inner"]
             assert "ro" in flags["/data"]
-            # What the Engine's own `ro` does to the topmost mount is why it is to be asked for a writable bind.
+            # This is why the Engine is to be asked for a writable bind of a pin that is read-only by itself.
             assert ({"nosuid", "nodev"} <= flags["/data"]) is not docker_ro
-            assert sorted(os.listdir(place / "outer/inner")) == ["id", "zero"]
+            assert sorted(path.name for path in (place / "outer/inner").iterdir()) == ["id", "zero"]
 
     asyncio.run(scenario())
 
 
-def test_a_lost_pin_stops_a_container_from_starting_instead_of_showing_it_an_empty_directory(place, anna, shared, engine):
+def test_a_lost_pin_stops_a_container_and_is_not_an_empty_directory(place, anna, shared, engine):
     async def scenario():
         async with mounts_at(place) as mounts:
             pin = await mounts.pin(owner_of(anna), str(shared), False, "work")
@@ -874,8 +925,21 @@ def test_a_running_container_keeps_its_data_when_its_pin_goes(place, anna, share
         async with mounts_at(place) as mounts:
             pin = await mounts.pin(owner_of(anna), str(shared), False, "work")
             name = f"gpujobs-mounts-{os.getpid()}"
-            engine.docker("run", "--detach", "--name", name, "--mount", f"type=bind,src={pin.path},dst=/data",
-                          "--runtime", "runc", "--network", "none", images.BUSYBOX, "sleep", "600")  # fmt: skip
+            engine.docker(
+                "run",
+                "--detach",
+                "--name",
+                name,
+                "--mount",
+                f"type=bind,src={pin.path},dst=/data",
+                "--runtime",
+                "runc",
+                "--network",
+                "none",
+                images.BUSYBOX,
+                "sleep",
+                "60",
+            )
             try:
                 await mounts.unpin("work")
                 assert engine.docker("exec", name, "cat", "/data/word") == "kept"
@@ -944,8 +1008,12 @@ asyncio.run(main())
     told = json.loads(done.stdout)
     assert f"runs as {anna.name}, not as root" in told["note"]
     assert told["pin"] == {
-        "path": f"{shared}/data", "device": status.st_dev, "inode": status.st_ino, "kind": "dir", "read_only": True,
-    }  # fmt: skip
+        "path": f"{shared}/data",
+        "device": status.st_dev,
+        "inode": status.st_ino,
+        "kind": "dir",
+        "read_only": True,
+    }
     assert told["check"] is True
     assert told["gone"] is False
     assert told["list"] == []
@@ -966,7 +1034,7 @@ def test_a_users_own_server_is_not_held_up_by_a_silent_file_server_either(place,
     async def scenario():
         mounts = await PlainMounts.start(time_limit=0.5)
         try:
-            with pytest.raises(MountHeld, match="timed out after 0.5 s"):
+            with pytest.raises(MountHeld, match=r"timed out after 0\.5 s"):
                 await mounts.pin(owner_of(anna), str(point), False, "x")
         finally:
             await mounts.close()

@@ -1,8 +1,9 @@
 """A FUSE file system that goes silent: the nearest thing to a dead file server that needs no network.
 
-It speaks just enough of the kernel's protocol (linux/fuse.h, version 7.31) to be mounted and to show an empty root
-directory. From the moment that it is told to be silent it either reads no more requests, or reads and answers none:
-a process that waits for the former can be killed, one that waits for the latter cannot, until the connection ends.
+It speaks just enough of the kernel's protocol (linux/fuse.h, version 7.31) to be mounted and to show an empty
+root directory. From the moment that it is told to be silent it either reads no more requests, or reads and
+answers none: a process that waits for the former can be killed, one that waits for the latter cannot, until
+the connection ends.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import struct
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 Mood: TypeAlias = Literal["answer", "ignore", "swallow"]
 
@@ -43,7 +44,7 @@ class Fuse:
         self._stop, self._stopped = os.pipe()
         self._thread = threading.Thread(target=self._serve)
 
-    def __enter__(self) -> Fuse:
+    def __enter__(self) -> Self:
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         options = f"fd={self._fd},rootmode=40000,user_id={self.uid},group_id={self.uid}"
         options += ",default_permissions" + (",allow_other" if self.allow_other else "")

@@ -5,6 +5,7 @@ An Engine of its own with a machine of its own is used, so that nothing here dep
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -315,8 +316,7 @@ def test_training_that_was_stopped_and_killed_ends_with_the_weights_of_training_
     whole, broken = (tmp_path_factory.mktemp(name) for name in ("whole", "broken"))
     for directory in (whole, broken):
         directory.chmod(0o777)
-    names = [f"gjlab-test-{run}" for run in ("whole", "stopped", "killed", "resumed")]
-    docker("rm", "--force", *names)
+    names = [f"gjlab-{os.getpid()}-{run}" for run in ("whole", "stopped", "killed", "resumed")]
     try:
         trainer(lab_engine, names[0], whole)
         assert docker("wait", names[0]).strip() == "0"

@@ -106,16 +106,8 @@ class FakeServer:
         self.requests.append(request)
         found = self.routes.get((request.method, request.path))
         if found is None:
-            found = (
-                404,
-                {
-                    "code": "unknown",
-                    "exit": 2,
-                    "message": f"nothing at {request.path}",
-                    "hint": "",
-                    "problems": [],
-                },
-            )
+            missing = {"code": "unknown", "exit": 2, "message": f"nothing at {request.path}", "problems": []}
+            found = (404, missing)
         answer = found(request) if callable(found) else found
         handler.close_connection = True
         if isinstance(answer, Stream):
@@ -150,12 +142,23 @@ def row(job: int = 12, state: str = "running", **more: Any) -> dict[str, Any]:
     """A row of the contract."""
     started = None if state == "queued" else "2026-01-02T03:04:05.000000Z"
     ended = "2026-01-02T03:14:05.000000Z" if state in ("succeeded", "failed", "cancelled") else None
-    return {
-        "id": job, "index": None, "name": "resnet", "owner": "alice", "state": state, "reason": None, "message": None,
-        "gpus": [], "submitted_at": "2026-01-02T03:00:00.000000Z", "started_at": started, "ended_at": ended,
-        "exit_code": 0 if state == "succeeded" else None, "attempt": 0 if state == "queued" else 1,
+    plain: dict[str, Any] = {
+        "id": job,
+        "index": None,
+        "name": "resnet",
+        "owner": "alice",
+        "state": state,
+        "reason": None,
+        "message": None,
+        "gpus": [],
+        "submitted_at": "2026-01-02T03:00:00.000000Z",
+        "started_at": started,
+        "ended_at": ended,
+        "exit_code": 0 if state == "succeeded" else None,
+        "attempt": 0 if state == "queued" else 1,
         "estimated_start": None,
-    } | more  # fmt: skip
+    }
+    return plain | more
 
 
 def lines(*rows: dict[str, Any] | type[Drop]) -> Iterator[bytes]:

@@ -48,7 +48,9 @@ for _name, _command, _examples in (
     ("serve", server.serve, server.SERVE_EXAMPLES),
     ("completion", server.completion, server.COMPLETION_EXAMPLES),
 ):
-    app.command(_name, epilog=_examples)(_command)
+    # The options after `docker run` are Docker's.
+    _settings = {"allow_interspersed_args": False} if _name == "from-docker" else {}
+    app.command(_name, epilog=_examples, context_settings=_settings)(_command)
 
 # What typer raises for a wrong use of a command; it exports only the subclass.
 _UsageError: Any = typer.BadParameter.__base__

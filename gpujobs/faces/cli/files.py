@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,6 @@ import typer
 
 from gpujobs import places
 from gpujobs.core.errors import OK, InvalidInput
-from gpujobs.faces import jobfiles
 from gpujobs.faces.cli.common import emit, emit_json, report, tell
 from gpujobs.faces.words import clean
 
@@ -29,7 +27,7 @@ Examples:
 
 FROM_DOCKER_EXAMPLES = """\b
 Examples:
-  gpujobs from-docker -- docker run --gpus 2 -v $PWD:/workspace pytorch/pytorch python train.py
+  gpujobs from-docker docker run --gpus 2 -v $PWD:/workspace pytorch/pytorch python train.py
   gpujobs from-docker 'docker run --rm --gpus all my/image python train.py' > job.yaml"""
 
 
@@ -38,6 +36,8 @@ def check(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Check job files without a server: every mistake at once, with its place."""
+    from gpujobs.faces import jobfiles
+
     code = OK
     answers = []
     for name in files:
@@ -69,6 +69,7 @@ def _jobs_in(name: str) -> int:
         InvalidInput: With every mistake.
     """
     from gpujobs import specfile
+    from gpujobs.faces import jobfiles
 
     data = jobfiles.read_bytes(name)
     directory = Path.cwd() if name == "-" else (Path.cwd() / name).parent
@@ -94,17 +95,13 @@ def schema() -> int:
 def from_docker(
     command: Annotated[
         list[str],
-        typer.Argument(metavar="-- docker run …", help="The command's words, or all of it in quotes."),
+        typer.Argument(metavar="docker run …", help="The command's words, or all of it in quotes."),
     ],
 ) -> int:
     """Print the job file for a `docker run` command, and what it leaves out and why."""
     from gpujobs.core.translate import from_docker as translated
 
-    try:
-        words = shlex.split(command[0]) if len(command) == 1 else command
-    except ValueError as error:
-        raise InvalidInput(f"the command cannot be split into words: {error}") from error
-    result = translated(words)
+    result = translated(command[0] if len(command) == 1 else command)
     emit(result.text)
     for note in result.notes:
         tell(clean(note))

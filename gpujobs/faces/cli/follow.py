@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import BinaryIO, TypeVar
 
-from gpujobs.core.job import JobId
 from gpujobs.faces.cli.common import output_closed, tell
 from gpujobs.faces.client import Client, Row, has_ended, id_of
 from gpujobs.faces.render import state_line
@@ -143,6 +142,7 @@ class Follower:
     _rows: dict[str, Row] = field(default_factory=dict)
     _told: dict[str, str] = field(default_factory=dict)
     _logs: set[tuple[str, int]] = field(default_factory=set)
+    _named: set[str] = field(default_factory=set)
     _open: int = 0
 
     def follow(self, jobs: list[str]) -> list[Row]:
@@ -155,6 +155,7 @@ class Follower:
             GpujobsError: What one of the threads met.
             typer.Exit: Nobody reads us any more.
         """
+        self._named = set(jobs)
         for job in jobs:
             self._start(self.client.watch(job), self._row, lambda: None)
         while self._open:
@@ -172,6 +173,8 @@ class Follower:
         job = id_of(row)
         first = job not in self._rows
         self._rows[job] = row
+        # An element of an array that was asked for as a whole is named, also where it is the only one.
+        self.printer.prefixed = self.printer.prefixed or job not in self._named
         number = self.attempt or int(row.get("attempt") or 0)
         running = row.get("state") not in ("queued", "pulling") and int(row.get("attempt") or 0) > 0
         if running and (job, number) not in self._logs:
@@ -213,12 +216,7 @@ def in_order(rows: dict[str, Row], jobs: list[str]) -> list[Row]:
     """Rows in the order of the arguments, and of the indices within each array; each once."""
     ordered: dict[str, Row] = {}
     for job in jobs:
-        wanted = JobId.parse(job)
-        found = [
-            (JobId.parse(name), row)
-            for name, row in rows.items()
-            if wanted in (JobId.parse(name), JobId(JobId.parse(name).number))
-        ]
-        for name, row in sorted(found, key=lambda pair: pair[0].key):
-            ordered[str(name)] = row
+        named = [name for name in rows if job in (name, name.partition("_")[0])]
+        for name in sorted(named, key=lambda name: int(name.partition("_")[2] or 0)):
+            ordered[name] = rows[name]
     return list(ordered.values())

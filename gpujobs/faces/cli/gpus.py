@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from gpujobs.core.errors import OK, InvalidInput, Unavailable
-from gpujobs.faces import gpuview
 from gpujobs.faces.cli.common import client, emit, emit_grid, emit_json, terminal_width
 from gpujobs.faces.client import Client
 from gpujobs.faces.words import clean
@@ -24,16 +23,14 @@ Examples:
 def gpus(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing; Ctrl-C ends it.")] = False,
-    interval: Annotated[
-        float, typer.Option(min=0.2, metavar="SECONDS", help="How often, with --watch.")
-    ] = 2.0,
-    topology: Annotated[
-        bool, typer.Option("--topology", help="How the GPUs are linked, as a matrix.")
-    ] = False,
+    interval: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="How often, with --watch.")] = 2.0,
+    topology: Annotated[bool, typer.Option("--topology", help="How the GPUs are linked, as a matrix.")] = False,
 ) -> int:
     """Show the GPUs: who has what, how busy they are, and whether they are well."""
     if json + watch + topology > 1:
         raise InvalidInput("only one of --json, --watch and --topology can be given")
+    from gpujobs.faces import gpuview
+
     server = client()
     if watch:
         return _watch(server, interval)
@@ -51,6 +48,8 @@ def gpus(
 
 def _watch(server: Client, interval: float) -> int:
     """Show them again and again: over the whole terminal, or one after another in a pipe."""
+    from gpujobs.faces import gpuview
+
     answer = server.gpus()
     if terminal_width() is None:
         while True:

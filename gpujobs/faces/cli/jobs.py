@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from gpujobs.core.errors import OK, GpujobsError, Interrupted
-from gpujobs.core.job import JobId
 from gpujobs.faces import render
 from gpujobs.faces.cli.common import (
     client,
@@ -73,7 +72,9 @@ def run(context: typer.Context, files: Files, run_as: RunAs = None) -> int:
     Ctrl-C ends only this command: the job goes on.
     """
     server = ready_client(context)
-    jobs = _submitted(server.submit(files, run_as=run_as))
+    answer = server.submit(files, run_as=run_as)
+    jobs = _submitted(answer)
+    _tell_notes(answer)
     try:
         rows = Follower(server, Printer(prefixed=len(jobs) > 1), progress=True).follow(jobs)
     except KeyboardInterrupt:
@@ -91,10 +92,16 @@ def _left(jobs: list[str]) -> Interrupted:
 
 def _submitted(answer: dict[str, Any]) -> list[str]:
     """The ids that a submission was given, one for each file: an array's once."""
-    numbers = [str(JobId.parse(id_of(job)).number) for job in answer.get("jobs") or []]
+    numbers = [id_of(job).partition("_")[0] for job in answer.get("jobs") or []]
     if not numbers:
         raise GpujobsError("the server took the submission and gave it no id")
     return list(dict.fromkeys(numbers))
+
+
+def _tell_notes(answer: dict[str, Any]) -> None:
+    """What the server wants to be known about every job that it takes."""
+    for note in answer.get("notes") or []:
+        tell(clean(note))
 
 
 def _told_ends(rows: list[Row]) -> int:
@@ -114,6 +121,7 @@ def submit(
     """Submit jobs and return once they are safely recorded: all of them or, with a mistake in one, none."""
     answer = ready_client(context).submit(files, run_as=run_as)
     jobs = _submitted(answer)
+    _tell_notes(answer)
     if json:
         emit_json(answer)
     elif quiet:
@@ -127,9 +135,7 @@ def submit(
 def ps(
     everything: Annotated[bool, typer.Option("--all", "-a", help="Also the jobs that have ended.")] = False,
     json: Json = False,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="At most so many, the newest.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most so many, the newest.")] = None,
 ) -> int:
     """List jobs: what runs where, what waits and why."""
     rows = client().jobs(everything=everything, limit=limit)

@@ -33,14 +33,10 @@ def logs(
     since: Annotated[
         str | None, typer.Option(metavar="TIME", help="Only from then on: 10m, 1h30m, or 2024-05-01T12:00.")
     ] = None,
-    timestamps: Annotated[
-        bool, typer.Option("--timestamps", "-t", help="The time (UTC) before each line.")
-    ] = False,
+    timestamps: Annotated[bool, typer.Option("--timestamps", "-t", help="The time (UTC) before each line.")] = False,
     grep: Annotated[
         str | None,
-        typer.Option(
-            metavar="RE", help="Of the lines that --tail and --since leave, those in which this is found."
-        ),
+        typer.Option(metavar="RE", help="Of the lines that --tail and --since leave, those in which this is found."),
     ] = None,
     attempt: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Of this attempt; the last by default.")

@@ -12,7 +12,8 @@ and ``[lab] nvml-state``. A file ``fault.json`` beside it (``{"mode": "extra" | 
 Imports wait until they are needed: the time that this takes is part of every container's start.
 """
 
-# ruff: noqa: PTH  (importing pathlib takes longer than all of the work here)
+# Importing pathlib takes longer than all of the work here:
+# ruff: noqa: PTH100, PTH105, PTH109, PTH110, PTH116, PTH118, PTH120, PTH123
 
 from __future__ import annotations
 
@@ -153,8 +154,10 @@ def resolve(ids: list[str], gpus: list[Gpu], mode: str) -> list[str]:
         else:
             nodes += names[plain if equals else name]
     if unknown:
-        raise RefusedError("could not apply required modification to OCI specification: error modifying OCI spec: "
-                      f"failed to inject CDI devices: unresolvable CDI devices {', '.join(unknown)}")
+        raise RefusedError(
+            "could not apply required modification to OCI specification: error modifying OCI spec: "
+            f"failed to inject CDI devices: unresolvable CDI devices {', '.join(unknown)}"
+        )
     return list(dict.fromkeys(nodes)) + control_nodes() if nodes else []
 
 
@@ -174,8 +177,9 @@ def inject(spec: dict[str, Any], nodes: list[str]) -> None:
         try:
             status = os.stat(path)
         except OSError as error:
-            raise RefusedError(f"failed to inject CDI devices: failed to stat CDI host device {path!r}: "
-                          f"{error.strerror}") from error
+            raise RefusedError(
+                f"failed to inject CDI devices: failed to stat CDI host device {path!r}: {error.strerror}"
+            ) from error
         major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
         devices.append({"path": path, "type": "c", "major": major, "minor": minor,
                         "fileMode": status.st_mode & 0o777, "uid": status.st_uid, "gid": status.st_gid})

@@ -1,0 +1,131 @@
+"""The same job in other launchers' words: a ``docker run`` line that works when pasted, and a Compose file.
+
+Both give the same GPUs, identity, limits and mounts; neither has the queue, the checked devices or the log. The
+init is ours alone and left out: the program runs directly.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from gpujobs.core.container import (
+    PIDS_LIMIT,
+    Order,
+    environment_of,
+    ranges,
+    shm_size_of,
+    ulimits_of,
+)
+from gpujobs.core.yamltext import document, literal
+
+
+def _environment(order: Order) -> list[tuple[str, str]]:
+    entries, steering = environment_of(order)
+    pairs = [(name, value) for name, sign, value in (entry.partition("=") for entry in entries) if sign]
+    return [*pairs, *steering]
+
+
+def _runtime(order: Order) -> str:
+    return order.runtime if order.allocation.gpus and order.visible != "void" else "runc"
+
+
+def docker_run(order: Order) -> str:
+    """One line for a shell of the machine, by an account that may use Docker."""
+    spec, owner = order.spec, order.owner
+    words = ["docker", "run", "--rm", "--name", spec.name, "--runtime", _runtime(order)]
+    words += ["--user", f"{owner.uid}:{owner.gid}"]
+    for gid in owner.groups:
+        if gid != owner.gid:
+            words += ["--group-add", str(gid)]
+    words += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges:true", "--pids-limit", str(PIDS_LIMIT)]
+    words += ["--memory", str(order.allocation.memory), "--memory-swap", str(order.allocation.memory)]
+    words += ["--shm-size", str(shm_size_of(order))]
+    if order.allocation.cpus:
+        words += ["--cpus", f"{order.allocation.cpus:g}"]
+    if order.near:
+        words += ["--cpuset-cpus", ranges(order.near)]
+    for name, soft, hard in ulimits_of(order):
+        words += ["--ulimit", f"{name}={soft}:{hard}"]
+    for mount in order.mounts:
+        fields = f"type=bind,source={mount.source},target={mount.target}" + (",readonly" if mount.read_only else "")
+        words += ["--mount", fields]
+    for target, options in order.tmpfs.items():
+        words += ["--tmpfs", f"{target}:{options}"]
+    for port in spec.ports:
+        published = "" if port.published is None else str(port.published)
+        words += ["--publish", f"{port.host_ip}:{published}:{port.target}/{port.protocol}"]
+    for name, value in _environment(order):
+        words += ["--env", f"{name}={value}"]
+    for name, value in spec.labels:
+        words += ["--label", f"{name}={value}"]
+    words += ["--workdir", spec.working_dir] if spec.working_dir else []
+    words += ["--stop-signal", spec.stop_signal] if spec.stop_signal else []
+    words += ["--no-healthcheck"] if spec.healthcheck is None else []
+    arguments = list(spec.command or ())
+    if spec.entrypoint is not None:
+        words += ["--entrypoint", spec.entrypoint[0] if spec.entrypoint else ""]
+        arguments = [*spec.entrypoint[1:], *arguments]
+    return shlex.join([*words, order.image.reference, *arguments])
+
+
+def compose(order: Order) -> str:
+    """A Compose file of one service; it is tied to the GPUs chosen, by their UUIDs."""
+    spec, owner = order.spec, order.owner
+    service: dict[str, object] = {
+        "image": literal(order.image.reference),
+        "runtime": _runtime(order),
+        "user": f"{owner.uid}:{owner.gid}",
+        "group_add": [str(gid) for gid in owner.groups if gid != owner.gid],
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+        "pids_limit": PIDS_LIMIT,
+        "mem_limit": order.allocation.memory,
+        "memswap_limit": order.allocation.memory,
+        "shm_size": shm_size_of(order),
+        "cpus": order.allocation.cpus or None,
+        "cpuset": ranges(order.near) if order.near else None,
+        "ulimits": {name: {"soft": soft, "hard": hard} for name, soft, hard in ulimits_of(order)},
+        "entrypoint": None if spec.entrypoint is None else [literal(word) for word in spec.entrypoint],
+        "command": None if spec.command is None else [literal(word) for word in spec.command],
+        "working_dir": spec.working_dir,
+        "stop_signal": spec.stop_signal,
+        "environment": {name: literal(value) for name, value in _environment(order)},
+        "labels": {name: literal(value) for name, value in spec.labels},
+        "ports": [
+            {"target": p.target, "published": None if p.published is None else str(p.published), "host_ip": p.host_ip,
+             "protocol": p.protocol}
+            for p in spec.ports
+        ],
+        "volumes": [
+            {"type": "bind", "source": literal(m.source), "target": literal(m.target), "read_only": m.read_only}
+            for m in order.mounts
+        ],
+        "tmpfs": [f"{target}:{options}" for target, options in order.tmpfs.items()],
+        "healthcheck": _healthcheck(order),
+    }  # fmt: skip
+    kept = {key: _without_none(value) for key, value in service.items() if value not in (None, [], {})}
+    if spec.entrypoint == ():
+        kept["entrypoint"] = []
+    return document({"name": spec.name.lower(), "services": {"job": kept}})
+
+
+def _healthcheck(order: Order) -> dict[str, object]:
+    check = order.spec.healthcheck
+    if check is None or not check.test:
+        return {"disable": True}
+    words = ["CMD-SHELL", *check.test] if check.shell else ["CMD", *check.test]
+    return {
+        "test": [literal(word) for word in words],
+        "interval": f"{check.interval:g}s",
+        "timeout": f"{check.timeout:g}s",
+        "retries": check.retries,
+        "start_period": f"{check.start_period:g}s",
+    }
+
+
+def _without_none(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
