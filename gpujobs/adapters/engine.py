@@ -24,6 +24,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from gpujobs.core.container import Image
 from gpujobs.core.errors import InvalidInput, Refused, Unavailable
+from gpujobs.core.facts import EngineFacts
 from gpujobs.core.reconcile import Seen
 
 T = TypeVar("T")
@@ -81,18 +82,20 @@ class Engine:
 
     Args:
         host: ``unix://PATH`` or ``tcp://HOST:PORT``.
+        timeout: Seconds that one call may take.
 
     Raises:
         InvalidInput: The address is of another kind.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, *, timeout: int = CALL_SECONDS) -> None:
         if not host.startswith(("unix://", "tcp://")):
             raise InvalidInput(
                 f"DOCKER_HOST={host}: gpujobs reaches the Engine of this machine only",
                 hint="Use unix:///var/run/docker.sock, or unset DOCKER_HOST.",
             )
         self.host = host
+        self._timeout = timeout
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="engine")
 
@@ -104,7 +107,7 @@ class Engine:
         """
         if not hasattr(self._local, "client"):
             try:
-                self._local.client = docker.APIClient(base_url=self.host, version="auto", timeout=CALL_SECONDS)
+                self._local.client = docker.APIClient(base_url=self.host, version="auto", timeout=self._timeout)
             except DockerException as error:
                 raise unreachable(self.host, error) from error
         return self._local.client  # type: ignore[no-any-return]
@@ -149,6 +152,12 @@ class Engine:
             memory=int(data.get("MemTotal", 0)),
             root=str(data.get("DockerRootDir", "")),
         )
+
+    async def facts(self) -> EngineFacts:
+        """What a check of the machine asks: how the Engine is set up."""
+        data = await self.call(lambda client: client.info())
+        version = await self.call(lambda client: client.version())
+        return facts_of(self.host, data, version)
 
     def ceilings(self) -> dict[str, int]:
         """The hard resource limits that the Engine cannot raise: empty where it can raise all of them.
@@ -261,7 +270,8 @@ class Engine:
         """Run the init's device probe as root inside a container: for servers that are not root themselves."""
 
         def run(client: docker.APIClient) -> str:
-            command = ["/.gpujobs/init", "probe", "--dir", "/dev", devices]
+            init = client.inspect_container(container)["Config"]["Entrypoint"][0]
+            command = [init, "probe", "--dir", "/dev", devices]
             made = client.exec_create(container, command, user="0:0", privileged=True, stderr=False)
             return bytes(client.exec_start(made["Id"])).decode("ascii", "replace")
 
@@ -292,6 +302,33 @@ def split_reference(reference: str) -> tuple[str, str]:
         return name, digest
     head, colon, tag = name.rpartition(":")
     return (head, tag) if colon and "/" not in tag else (name, "latest")
+
+
+def facts_of(host: str, info: Mapping[str, Any], version: Mapping[str, Any]) -> EngineFacts:
+    """How an Engine is set up, by what ``/info`` and ``/version`` answer."""
+    runtimes = info.get("Runtimes") or {}
+    options = [str(option) for option in info.get("SecurityOptions") or []]
+    names = {option.removeprefix("name=").partition(",")[0] for option in options}
+    limits = (("memory", "MemoryLimit"), ("processes", "PidsLimit"), ("CPU time", "CpuCfsQuota"))
+    components = {str(item.get("Name")): str(item.get("Version") or "") for item in version.get("Components") or []}
+    return EngineFacts(
+        host=host,
+        version=str(info.get("ServerVersion") or ""),
+        api=str(version.get("ApiVersion") or ""),
+        runtimes=tuple(
+            sorted((str(name), str((entry or {}).get("path") or "")) for name, entry in runtimes.items())
+        ),
+        default_runtime=str(info.get("DefaultRuntime") or ""),
+        runc=components.get("runc", ""),
+        cgroup=2 if str(info.get("CgroupVersion", "1")) == "2" else 1,
+        driver=str(info.get("CgroupDriver") or ""),
+        root=str(info.get("DockerRootDir") or ""),
+        rootless="rootless" in names,
+        user_namespaces="userns" in names,
+        seccomp="seccomp" in names and not any("profile=unconfined" in option for option in options),
+        authorization=tuple(map(str, (info.get("Plugins") or {}).get("Authorization") or ())),
+        lacks=tuple(name for name, key in limits if info.get(key) is False),
+    )
 
 
 def image_of(reference: str, data: Mapping[str, Any]) -> Image:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from enum import Enum, auto
 
 from gpujobs.adapters.logfile import LogWriter
+from gpujobs.adapters.lognewlines import is_restored, kind
 from gpujobs.adapters.logsegments import stored_size
 from gpujobs.logwire import GAP, LogRecord
 
@@ -24,8 +25,8 @@ INDEX_RECORDS = 120_000
 """Records of the stored end that are held against an answer: about 25 MB of memory."""
 
 
-_Digest = tuple[int, int, int, int]
-"""Of a stored record: its position, stream, time in ns, and hash."""
+_Digest = tuple[int, int, int, int, int]
+"""Of a stored record: its position, stream, time in ns, kind, and hash."""
 
 
 class _Runs:
@@ -69,9 +70,13 @@ class Index:
         self.places: dict[tuple[int, int], int] = {}
         self.newest_ns = 0
         runs = _Runs(from_start=from_start)
-        for position, stream, time_ns, digest in records:
+        last: dict[int, tuple[int, int]] = {}
+        for position, stream, time_ns, this, digest in records:
             if stream == GAP:
                 runs.forget()
+                continue
+            before, last[stream] = last.get(stream), (this, time_ns)
+            if is_restored(this, time_ns, before):
                 continue
             run = runs.of(stream, digest)
             if run is not None:
@@ -95,7 +100,9 @@ async def index(log: LogWriter, position: int) -> Index:
             first, record = batch[0]
             if first + stored_size(record) != expected:
                 break  # the middle of the log has been dropped here: what lies before does not adjoin
-            found += [(at, record.stream, record.time_ns, hash(record)) for at, record in batch]
+            found += [
+                (at, stream, ns, kind(payload), hash((ns, stream, payload))) for at, (ns, stream, payload) in batch
+            ]
             expected = batch[-1][0]
             whole = expected == 0
             if len(found) >= wanted or expected <= position:

@@ -325,8 +325,7 @@ class LogReader:
                 batch = notes + [
                     record
                     for where, record in found
-                    if where >= starts.get(record.stream, 0)
-                    and (since_ns is None or record.time_ns >= since_ns)
+                    if where >= starts.get(record.stream, 0) and (since_ns is None or record.time_ns >= since_ns)
                 ]
                 if batch:
                     yield batch

@@ -429,6 +429,11 @@ class PlainMounts(_Mounts):
             name = f"uid {os.geteuid()}"
         return f"This server runs as {name}, not as root: it mounts what {name} can open, as it is and unpinned."
 
+    @property
+    def read_only_itself(self) -> bool:
+        """See :class:`MountSource`."""
+        return False
+
     async def pin(self, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
         """See :class:`MountSource`; the path is the source's own, with links resolved."""
         return await self._pin("look", owner, source, read_only, name)

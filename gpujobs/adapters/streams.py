@@ -18,23 +18,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote
 
+from gpujobs.adapters.enginesocket import Answer, Backoff, Demultiplexer, NotFound, parse_host
 from gpujobs.adapters.logalign import INDEX_RECORDS, Aligner, Index, State, index
 from gpujobs.adapters.logfile import LogWriter
-from gpujobs.core import errors
+from gpujobs.adapters.lognewlines import Newlines, ended_line
 from gpujobs.logwire import LogRecord
 
 logger = logging.getLogger(__name__)
-
-API = "/v1.41"
-"""The oldest Engine API that has all we ask for: Engine 20.10."""
 
 _MAX_SIZE, _MAX_FILE = 32, 8
 LOG_CONFIG: Mapping[str, object] = {
@@ -49,6 +47,7 @@ them for each read.
 """
 
 _WINDOW = (_MAX_FILE - 1) * _MAX_SIZE * 1_000_000
+_SILENCE_SECONDS = 120.0
 _ENGINE_OVERHEAD = 28
 """Bytes that the Engine's file holds for each message beyond its text (107 bytes for 79, measured)."""
 
@@ -60,14 +59,6 @@ _CAUGHT_UP = 1 << 20
 _OVERLAP = 64 << 10
 _OVERLAP_MESSAGES = 4096
 _ALL_MESSAGES = 8_000_000
-
-_RECEIVE = 256 << 10
-_BUSY = 2 << 10
-_PAUSE = 0.001
-"""Seconds. The Engine sends each line by a write of its own; while it is busy, a pause before each read lets the
-socket's buffer fill: one wake-up for some hundred lines instead of one for each."""
-_ANSWER_SECONDS = 60.0
-_SILENCE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,105 +105,6 @@ class LogEnd:
     gaps: int
 
 
-class _NotFound(Exception):  # noqa: N818 - an answer, not an error
-    """The Engine knows no such container."""
-
-
-def parse_host(host: str) -> str | tuple[str, int]:
-    """Returns the socket's path or (name, port) of a ``DOCKER_HOST``.
-
-    Raises:
-        InvalidInput: It is neither ``unix:///path`` nor ``tcp://host:port``.
-    """
-    hint = "Use unix:///path or tcp://host:port (without TLS)."
-    try:
-        parts = urlsplit(host)
-        port = parts.port
-    except ValueError as error:
-        raise errors.InvalidInput(f"DOCKER_HOST={host}: {error}", hint=hint) from error
-    if parts.scheme == "unix" and not parts.netloc and parts.path:
-        return parts.path
-    if parts.scheme == "tcp" and parts.hostname and port and parts.path in ("", "/"):
-        return parts.hostname, port
-    raise errors.InvalidInput(f"DOCKER_HOST={host} is of a kind that is not supported here", hint=hint)
-
-
-class _Backoff:
-    """Waits longer each time, up to 5 s."""
-
-    def __init__(self) -> None:
-        self._next = 0.1
-
-    def reset(self) -> None:
-        self._next = 0.1
-
-    async def wait(self) -> None:
-        await asyncio.sleep(self._next)
-        self._next = min(self._next * 2, 5.0)
-
-
-class _Answer:
-    """One GET and its body as it comes; HTTP/1.0, so the body is not chunked and ends with the connection."""
-
-    def __init__(self, address: str | tuple[str, int]) -> None:
-        self._address = address
-        self._socket: socket.socket | None = None
-        self._first = b""
-        self._pause = False
-
-    async def open(self, path: str, **query: str | int) -> None:
-        """Sends the request and reads the answer's head.
-
-        Raises:
-            OSError: No connection, no answer in time, or another status than 200.
-            _NotFound: Status 404.
-        """
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(_ANSWER_SECONDS):
-            if isinstance(self._address, str):
-                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                self._socket.setblocking(False)
-                await loop.sock_connect(self._socket, self._address)
-            else:
-                name, port = self._address
-                found = await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-                self._socket = socket.socket(found[0][0], socket.SOCK_STREAM)
-                self._socket.setblocking(False)
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                await loop.sock_connect(self._socket, found[0][4])
-            target = f"{API}{path}" + (f"?{urlencode(query)}" if query else "")
-            await loop.sock_sendall(self._socket, f"GET {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
-            head = b""
-            while b"\r\n\r\n" not in head:
-                data = await loop.sock_recv(self._socket, _RECEIVE)
-                if not data or len(head) > _RECEIVE:
-                    raise ConnectionError("the Engine ended the connection without an answer")
-                head += data
-            head, _, self._first = head.partition(b"\r\n\r\n")
-            status = head.split(b" ", 2)[1:2]
-            if status != [b"200"]:
-                text = self._first.decode(errors="replace").strip()
-                if status == [b"404"]:
-                    raise _NotFound(text)
-                raise ConnectionError(f"the Engine answered {head.splitlines()[0]!r}: {text}")
-
-    async def receive(self) -> bytes:
-        """The next bytes of the body; empty at its end."""
-        if self._first:
-            data, self._first = self._first, b""
-            return data
-        assert self._socket is not None
-        if self._pause:
-            await asyncio.sleep(_PAUSE)
-        data = await asyncio.get_running_loop().sock_recv(self._socket, _RECEIVE)
-        self._pause = len(data) >= _BUSY
-        return data
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-
-
 async def engine_events(
     host: str, since: float, filters: Mapping[str, list[str]]
 ) -> AsyncIterator[EngineEvent | Disconnected | Reconnected]:
@@ -232,9 +124,9 @@ async def engine_events(
     address = parse_host(host)
     last_ns = int(since * 1e9)
     seen: set[tuple[int, str, str]] = set()
-    connected, backoff = True, _Backoff()
+    connected, backoff = True, Backoff()
     while True:
-        answer = _Answer(address)
+        answer = Answer(address)
         rest = b""
         try:
             after = f"{last_ns // 10**9}.{last_ns % 10**9:09d}"
@@ -254,7 +146,7 @@ async def engine_events(
                     last_ns = event.time_ns
                     yield event
             reason = "the Engine ended the connection"
-        except (OSError, _NotFound, ValueError) as error:
+        except (OSError, NotFound, ValueError) as error:
             reason = str(error) or type(error).__name__
         finally:
             answer.close()
@@ -279,51 +171,6 @@ def _event(line: bytes) -> EngineEvent | None:
         str(actor.get("ID", "")),
         dict(actor.get("Attributes") or {}),
     )
-
-
-class Demultiplexer:
-    """Takes the Engine's framed log stream apart: 8 bytes (stream, three zeros, ``>I`` length), time, text.
-
-    Attributes:
-        broken: What the Engine, or this, says about the rest not being readable; empty while all is well.
-    """
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._second = b""
-        self._second_ns = 0
-        self.broken = ""
-
-    def feed(self, data: bytes) -> list[LogRecord]:
-        """Returns the messages that are complete with these bytes."""
-        buffer = self._rest + data if self._rest else data
-        records: list[LogRecord] = []
-        add, new, number = records.append, tuple.__new__, int.from_bytes
-        position, size = 0, len(buffer)
-        second, second_ns = self._second, self._second_ns
-        while position + 8 <= size and not self.broken:
-            stream = buffer[position]
-            start = position + 8
-            end = start + number(buffer[position + 4 : start], "big")
-            if end > size:
-                break
-            try:
-                if stream not in (1, 2) or buffer[start + 29 : start + 31] != b"Z ":
-                    raise ValueError  # noqa: TRY301 - the same as a number that is none
-                if buffer[start : start + 19] != second:
-                    second = buffer[start : start + 19]
-                    at = datetime.strptime(second.decode(), "%Y-%m-%dT%H:%M:%S").replace(tzinfo=UTC)
-                    second_ns = int(at.timestamp()) * 10**9
-                time_ns = second_ns + int(buffer[start + 20 : start + 29])
-            except ValueError:
-                self.broken = buffer[start:end].decode(errors="replace").strip() or "the stream is not framed"
-                break
-            # The constructor of a named tuple takes three times as long, and this runs for every line.
-            add(new(LogRecord, (time_ns, stream, buffer[start + 31 : end])))
-            position = end
-        self._rest = buffer[position:]
-        self._second, self._second_ns = second, second_ns
-        return records
 
 
 @dataclass(slots=True)
@@ -368,12 +215,14 @@ class _Follower:
         self._path = f"/containers/{quote(container, safe='')}"
         self._log = log
         self._verified = max(0, log.end - FOLLOW_BYTES)  # what a former process did not live to verify
+        self._newlines = Newlines(log)
+        self._swallows_newlines = False
         self._resync: int | None = None
         self._gaps = 0
         self._shorts = 0
 
     async def run(self) -> LogEnd:
-        backoff = _Backoff()
+        backoff = Backoff()
         told = ""
         while True:
             try:
@@ -381,6 +230,7 @@ class _Follower:
                 turn = await self._snapshot()
                 if not running and not turn.stored:
                     self._doubts(turn)
+                    await self._last_newlines()
                     return LogEnd(gone=False, gaps=self._gaps)
                 began = time.monotonic()
                 if running and turn.stored < _CAUGHT_UP:
@@ -389,7 +239,7 @@ class _Follower:
                     backoff.reset()
                     told = ""
                     continue
-            except _NotFound:
+            except NotFound:
                 return LogEnd(gone=True, gaps=self._gaps)
             except OSError as error:  # of the Engine, or of our own disk: the Engine keeps the log meanwhile
                 if str(error) != told:
@@ -397,21 +247,38 @@ class _Follower:
                     logger.warning("the log of %s waits: %s", self._path, error or type(error).__name__)
             await backoff.wait()
 
-    async def _running(self) -> bool:
-        answer = _Answer(self._address)
+    async def _get(self, path: str) -> dict[str, Any]:
+        answer = Answer(self._address)
         try:
-            await answer.open(f"{self._path}/json")
+            await answer.open(path)
             body = b""
             async with asyncio.timeout(_SILENCE_SECONDS):
                 while data := await answer.receive():
                     body += data
         finally:
             answer.close()
+        self._swallows_newlines = 0 < answer.engine_major < 23
         try:
-            state: dict[str, Any] = json.loads(body)["State"]
+            found: dict[str, Any] = json.loads(body)
         except ValueError as error:  # cut short
             raise ConnectionError("the Engine's answer ended early") from error
+        return found
+
+    async def _running(self) -> bool:
+        state = (await self._get(f"{self._path}/json"))["State"]
         return state["Status"] not in ("exited", "dead", "removing")
+
+    async def _last_newlines(self) -> None:
+        """Adds the newline of a long line at the very end, if there was one."""
+        doubtful = self._newlines.doubtful() if self._swallows_newlines else []
+        if not doubtful:
+            return
+        container = str((await self._get(f"{self._path}/json"))["Id"])
+        root = Path(str((await self._get("/info"))["DockerRootDir"]))
+        for stream, time_ns in doubtful:
+            local = isinstance(self._address, str)
+            if not local or ended_line(root, container, stream, time_ns) is not False:
+                self._log.append([LogRecord(time_ns, stream, b"\n")])
 
     async def _snapshot(self) -> _Turn:
         """Reads everything there is beyond what is stored, without ``follow``: nothing is left out."""
@@ -431,9 +298,7 @@ class _Follower:
                 raise ConnectionError("the Engine's answer ended early")
         self._shorts = 0
         if not len(stored) and turn.engine_bytes > _WINDOW:
-            self._gap(
-                "gap: output before this may have been lost at its start: the Engine's log had been rotated"
-            )
+            self._gap("gap: output before this may have been lost at its start: the Engine's log had been rotated")
         self._verified = self._log.end
         return turn
 
@@ -446,7 +311,7 @@ class _Follower:
         turn = _Turn()
         aligner = Aligner(self._log, stored, whole=tail == 0)
         demultiplexer = Demultiplexer()
-        answer = _Answer(self._address)
+        answer = Answer(self._address)
         try:
             await answer.open(
                 f"{self._path}/logs",
@@ -469,8 +334,9 @@ class _Follower:
                 if tail == 0:
                     turn.engine_bytes += sum(len(record.payload) + _ENGINE_OVERHEAD for record in records)
                 fresh = aligner.feed(records)
-                self._resync = aligner.resync or self._resync
-                aligner.resync = None
+                if aligner.resync is not None:
+                    self._resync, aligner.resync = aligner.resync, None
+                    self._newlines.load()
                 if aligner.lost:
                     aligner.lost = False
                     self._lost(stored.newest_ns, fresh[0].time_ns)
@@ -493,22 +359,20 @@ class _Follower:
 
     def _store(self, records: list[LogRecord]) -> int:
         if self._resync is None or not records:
-            return self._log.append(records)
+            return self._log.append(self._newlines.restore(records))
         stored = 0
         for number, record in enumerate(records):
             if hash(record) == self._resync:
                 self._resync = None
-                stored = self._log.append(records[:number])
+                stored = self._log.append(self._newlines.restore(records[:number]))
                 self._log.resynced()
                 records = records[number:]
                 break
-        return stored + self._log.append(records)
+        return stored + self._log.append(self._newlines.restore(records))
 
     def _lost(self, after_ns: int, until_ns: int) -> None:
         first, last = (datetime.fromtimestamp(ns / 1e9, UTC).isoformat() for ns in (after_ns, until_ns))
-        self._gap(
-            f"gap: output between {first} and {last} was lost: the Engine's log had been rotated", until_ns
-        )
+        self._gap(f"gap: output between {first} and {last} was lost: the Engine's log had been rotated", until_ns)
 
     def _gap(self, text: str, time_ns: int | None = None) -> None:
         self._gaps += 1

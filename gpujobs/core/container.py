@@ -19,7 +19,7 @@ from gpujobs.core.job import Allocation, JobId, Owner
 from gpujobs.core.spec import Healthcheck, JobSpec, Port
 
 CONTROL = "/.gpujobs"
-"""Where the container sees its control directory: the init, the gate, the control file."""
+"""How the path begins at which a container sees its control directory: see :func:`control_path`."""
 
 INIT_REFUSED = 125
 """The init's exit code when who it runs as is not who it was told to be."""
@@ -76,7 +76,7 @@ class Order:
         server: The server's id, part of every name and label.
         nonce: A secret of the ledger: what tells our container from one with forged labels.
         runtime: The OCI runtime for jobs with GPUs.
-        control: The host directory that is mounted at :data:`CONTROL`.
+        control: The host directory that is mounted at :func:`control_path`.
         home: The container's HOME.
         log: The Engine's LogConfig.
         visible: What NVIDIA_VISIBLE_DEVICES is set to; ``void`` for none.
@@ -103,6 +103,21 @@ class Order:
     log: Mapping[str, Any] = field(default_factory=dict)
     ceilings: Mapping[str, int] = field(default_factory=dict)
     near: tuple[int, ...] = ()
+
+
+def control_path(nonce: str) -> str:
+    """Where the container of that nonce sees its control directory: the init, the gate, the control file.
+
+    Nobody can know it before the container runs. An image could otherwise hold a symbolic link to it, through which
+    a job file's own volume would be mounted over the init (seen with runc 1.1.5): the job's program would run
+    instead of the init, with whatever groups the image's /etc/group gives it.
+    """
+    return f"{CONTROL}-{hashlib.sha256(f'control {nonce}'.encode()).hexdigest()[:16]}"
+
+
+def init_command(control: str, mode: str) -> list[str]:
+    """The init's own words before a program's: it is told where its control directory is."""
+    return [f"{control}/init", "--dir", control, mode]
 
 
 def checkpoints(server: str, job: JobId) -> str:
@@ -186,6 +201,7 @@ def create_request(order: Order) -> Json:
         Refused: The image and the file together say nothing that could be run.
     """
     spec, owner, allocation = order.spec, order.owner, order.allocation
+    control = control_path(order.nonce)
     environment, _ = environment_of(order)
     memory = allocation.memory
     host: Json = {
@@ -210,7 +226,7 @@ def create_request(order: Order) -> Json:
         "Mounts": [
             {"Type": "bind", "Source": m.source, "Target": m.target, "ReadOnly": m.read_only,
              "BindOptions": {"Propagation": "rprivate"}}
-            for m in (Mount(source=order.control, target=CONTROL, read_only=True),
+            for m in (Mount(source=order.control, target=control, read_only=True),
                       *(Mount(source=f"{order.control}/{name}", target=f"/etc/{name}", read_only=True)
                         for name in ("passwd", "group")),
                       *order.mounts)
@@ -224,7 +240,7 @@ def create_request(order: Order) -> Json:
         host["CpusetCpus"] = ranges(order.near)
     request: Json = {
         "Image": order.image.id,
-        "Entrypoint": [f"{CONTROL}/init", "run"],
+        "Entrypoint": init_command(control, "run"),
         "Cmd": list(argv_of(spec, order.image)),
         "User": f"{owner.uid}:{owner.gid}",
         "Env": environment,
@@ -233,7 +249,7 @@ def create_request(order: Order) -> Json:
         "Tty": False,
         "OpenStdin": False,
         "AttachStdin": False,
-        "Healthcheck": _healthcheck(spec.healthcheck),
+        "Healthcheck": _healthcheck(spec.healthcheck, control),
         "HostConfig": host,
     }
     if spec.stop_signal:
@@ -245,7 +261,7 @@ def create_request(order: Order) -> Json:
     return request
 
 
-def _healthcheck(check: Healthcheck | None) -> Json:
+def _healthcheck(check: Healthcheck | None, control: str) -> Json:
     """The job file's check, run through the init as the program is; an image's own is always off.
 
     An image's check runs as often as the image says: ``--interval=1ms`` keeps the Engine busy for nobody's good.
@@ -254,7 +270,7 @@ def _healthcheck(check: Healthcheck | None) -> Json:
         return {"Test": ["NONE"]}
     command = ["/bin/sh", "-c", *check.test] if check.shell else list(check.test)
     return {
-        "Test": ["CMD", f"{CONTROL}/init", "exec", *command],
+        "Test": ["CMD", *init_command(control, "exec"), *command],
         "Interval": round(check.interval * 1e9),
         "Timeout": round(check.timeout * 1e9),
         "StartPeriod": round(check.start_period * 1e9),

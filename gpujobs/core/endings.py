@@ -55,13 +55,16 @@ def ending_of(exit_code: int, *, oom: bool, memory: int, released: bool, stop: t
             reason="isolation",
             message="its program never ran: the container's identity was not its owner's (the log says how)",
         )
-    if exit_code == 0:
+    if exit_code == 0 and released:
         return Ending(outcome="succeeded", reason="", message="")
     if oom:
         return Ending(
             outcome="failed", reason="oom",
             message=f"exit {exit_code}: killed: the {size(memory)} memory limit was reached",
         )  # fmt: skip
+    if not released:
+        message = f"its program never ran: its container ended before it was released (exit {exit_code})"
+        return Ending(outcome="failed", reason="server", message=message)
     if 0 < exit_code - 128 <= _LAST_SIGNAL:
         name = signal_name(exit_code - 128)
         return Ending(outcome="failed", reason="exit", message=f"exit {exit_code}: ended by {name}")

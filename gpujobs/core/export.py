@@ -22,7 +22,7 @@ from gpujobs.core.yamltext import document, literal
 def _environment(order: Order) -> list[tuple[str, str]]:
     entries, steering = environment_of(order)
     pairs = [(name, value) for name, sign, value in (entry.partition("=") for entry in entries) if sign]
-    return [*pairs, *steering]
+    return [(name, value) for name, value in [*pairs, *steering] if not name.startswith("GPUJOBS_")]
 
 
 def _runtime(order: Order) -> str:

@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 from collections.abc import Mapping
-from difflib import get_close_matches
 from ipaddress import ip_address
 
 from gpujobs.core.values import (
@@ -17,6 +16,7 @@ from gpujobs.core.values import (
     SpecError,
     boolean,
     describe,
+    did_you_mean,
     not_a,
     shown,
     source,
@@ -91,6 +91,8 @@ def image(value: object) -> str:
         if not _HOST.fullmatch(first):
             raise wrong(f"{shown(first)} is not a registry; write host or host:port before the first slash")
         name = rest
+    if name == "sha256":
+        raise wrong(f"{shown(reference)} is not an image's id; write sha256: and 64 hexadecimal digits")
     if any(not _PART.fullmatch(part) for part in name.split("/")):
         lower = reference.lower()
         near = (
@@ -119,8 +121,7 @@ def signal_name(value: object) -> str:
     offset = re.fullmatch(r"SIGRT(?:MIN\+|MAX-)([0-9]{1,2})", full)
     if offset is not None and int(offset[1]) <= signal.SIGRTMAX - signal.SIGRTMIN:
         return full
-    close = get_close_matches(full[:40], list(known), n=1, cutoff=0.7)
-    near = f"; did you mean `{close[0]}`?" if close else ""
+    near = did_you_mean(full, known)
     raise wrong(f"{describe(value)} is not a signal; write a name such as SIGTERM or SIGINT, or its number{near}")
 
 

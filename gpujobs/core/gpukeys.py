@@ -25,6 +25,8 @@ from gpujobs.core.values import (
     wrong,
 )
 
+FIELDS = ("memory", "model", "capability", "link", "mig", "share", "uuid")
+"""What can be asked of GPUs besides their number."""
 GPUS_MAX = 1024
 GPU_MEMORY_LEAST = 1 << 20
 """In bytes: 1 MiB; catches ``memory: 40`` where ``40g`` was meant."""
@@ -248,8 +250,8 @@ def gpu_rules(value: Mapping[str, object]) -> list[Fault]:
                     f"{_span(low, high)} GPUs are asked for and {many} named by uuid; leave count out",
                 )
             )
-        elif low.value == 0 and len(value) > 2:
-            others = ", ".join(key for key in value if key not in {"count", "max_count"})
+        elif low.value == 0 and any(key in FIELDS for key in value):
+            others = ", ".join(key for key in value if key in FIELDS)
             faults.append(Fault(("count",), f"0 asks for no GPU; write a number above 0, or leave {others} out"))
     return faults
 

@@ -44,7 +44,7 @@ def interpolate(text: str, variables: Mapping[str, str]) -> str:
         return expand(rest, depth)
 
     def expand(part: str, depth: int) -> str:
-        result = "".join(_pieces(part, lambda *found: resolve(*found, depth + 1), depth))
+        result = "".join(_pieces(part, lambda name, operator, rest: resolve(name, operator, rest, depth + 1), depth))
         if len(result) > LENGTH_MAX:
             raise wrong(f"the text has {len(result):,} characters after ${{…}}; at most {LENGTH_MAX:,} are allowed")
         return result
@@ -150,5 +150,8 @@ def substitute(text: str, values: Mapping[str, str]) -> str:
     whole = _BRACES.match(text)
     if whole is not None and whole.end() == len(text) and whole[1] is not None:
         return values[whole[1].strip()]
+    length = len(text) + sum(len(values[match[1].strip()]) for match in _BRACES.finditer(text) if match[1] is not None)
+    if length > LENGTH_MAX:
+        raise wrong(f"the text has {length:,} characters after {{{{ }}}}; at most {LENGTH_MAX:,} are allowed")
     result = _BRACES.sub(lambda match: "{{" if match[1] is None else values[match[1].strip()], text)
     return type(text)(result)

@@ -178,7 +178,9 @@ class _Translation:
             self._environment[name] = self._text(value) if equals else None
 
     def _env_file(self, word: str) -> None:
-        if self._reads(f"--env-file {word}", lambda item: text(item, "a path", "a file's path, such as settings.env"), word):
+        if self._reads(
+            f"--env-file {word}", lambda item: text(item, "a path", "a file's path, such as settings.env"), word
+        ):
             self._env_files.append(self._text(word))
 
     def _volume(self, word: str) -> None:

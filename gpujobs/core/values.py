@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from difflib import get_close_matches
@@ -164,8 +164,12 @@ def templated(*schemas: Json) -> Json:
 def shown(text: str, limit: int = 60) -> str:
     """A text in quotes, shortened, with everything escaped that a terminal would act on."""
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
-    safe = "".join(c if c.isprintable() and unicodedata.category(c) != "Cf" else _escape(c) for c in cut)
-    return f"'{safe}'"
+    return f"'{printable(cut)}'"
+
+
+def printable(text: str) -> str:
+    """A text with everything escaped that a terminal would act on: control and format characters, line ends."""
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
 
 
 def _escape(char: str) -> str:
@@ -218,13 +222,18 @@ def _trap(value: object) -> str:
     return ""
 
 
-def did_you_mean(text: str, choices: Sequence[str], habits: Mapping[str, str] | None = None) -> str:
-    """`; did you mean `x`?`, or nothing."""
-    folded = text.lower().replace("-", "_")
+def did_you_mean(text: str, choices: Iterable[str], habits: Mapping[str, str] | None = None) -> str:
+    """`; did you mean `x`?`, or nothing; case and dashes do not matter."""
+    folded = _folded(text)
     if habits and folded in habits:
         return f"; did you mean `{habits[folded]}`?"
-    close = get_close_matches(folded[:100], choices, n=1, cutoff=0.7)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    by_fold = {_folded(choice): choice for choice in choices}
+    close = get_close_matches(folded[:100], list(by_fold), n=1, cutoff=0.7)
+    return f"; did you mean `{by_fold[close[0]]}`?" if close else ""
+
+
+def _folded(text: str) -> str:
+    return text.lower().replace("-", "_")
 
 
 def unknown_key(key: str, choices: Sequence[str], habits: Mapping[str, str] | None = None) -> str:
@@ -316,8 +325,8 @@ def choice(value: object, what: str, choices: Sequence[str]) -> str:
     raise wrong(f"{describe(value)} is not {what}; write one of {', '.join(choices)}{hint}")
 
 
-_SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,10})?)\s*([kmgtp]?)(?:i?b)?\s*", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,10})?)\s*([kmgtpe]?)(?:i?b)?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 SIZE_MAX = 1 << 60
 """1 EiB, in bytes."""
 
@@ -355,11 +364,11 @@ def size_schema(least: int) -> Json:
     """Schema of :func:`size`."""
     return templated(
         {"type": "integer", "minimum": least, "maximum": SIZE_MAX},
-        {"type": "string", "pattern": r"^\s*[0-9]{1,20}(\.[0-9]{1,10})?\s*([kKmMgGtTpP][iI]?[bB]?|[bB])\s*$"},
+        {"type": "string", "pattern": r"^\s*[0-9]{1,20}(\.[0-9]{1,10})?\s*([kKmMgGtTpPeE][iI]?[bB]?|[bB])\s*$"},
     )
 
 
-_UNITS = {
+_UNITS: dict[str, Decimal | int] = {
     "w": 604800,
     "d": 86400,
     "h": 3600,
@@ -390,10 +399,8 @@ def duration(value: object, least: float, most: float = DURATION_MAX, example: s
     if isinstance(real, int) or re.fullmatch(r"[0-9]{1,12}", words.strip()):
         seconds = Decimal(int(real))
     elif match is not None and any(match.groups()):
-        seconds = sum(
-            (Decimal(part) * size for part, size in zip(match.groups(), _UNITS.values(), strict=True) if part),
-            Decimal(0),
-        )
+        parts = zip(match.groups(), _UNITS.values(), strict=True)
+        seconds = sum((Decimal(part) * unit for part, unit in parts if part), Decimal(0))
     else:
         raise not_a(value, "a duration", f"a number and a unit, such as {example}")
     if not Decimal(least) <= seconds <= Decimal(most):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -34,6 +35,10 @@ ENDED = ("succeeded", "failed", "cancelled")
 
 PATIENCE_SECONDS = 30.0
 """How long a server may be away before watching and following give up: a restart takes a few seconds."""
+
+FIRST_PAUSE_SECONDS = 0.05
+STEADY_SECONDS = 5.0
+"""A connection that held so long was a good one: what comes after it is a new absence."""
 
 FIRST_RECORD = "gpujobs-first-record"
 """The header of a log's answer: the number, from 0, of its first record within the attempt's log, our own
@@ -78,6 +83,8 @@ class Client:
         self._patience = patience
         self._transport = Transport(host, answer)
         self._met = False
+        self._away = False
+        self._telling = threading.Lock()
 
     def require(self) -> None:
         """Return where a server answers; raises as :meth:`~gpujobs.faces.transport.Transport.require`."""
@@ -96,6 +103,16 @@ class Client:
         from gpujobs.faces import jobfiles
 
         return self._call("POST", "/jobs", body=jobfiles.submission(files, os.environ, run_as=run_as))
+
+    def plan(self, files: Sequence[str], *, run_as: str | None = None) -> dict[str, Any]:
+        """What the first job of the files would get now; nothing is done."""
+        from gpujobs.faces import jobfiles
+
+        return self._call("POST", "/plan", body=jobfiles.submission(files, os.environ, run_as=run_as))
+
+    def rerun(self, job: str) -> dict[str, Any]:
+        """Submit a job or an array again as it was."""
+        return self._call("POST", f"/jobs/{_path(job)}/rerun")
 
     def jobs(self, *, everything: bool = False, limit: int | None = None) -> list[Row]:
         """The jobs that are to run or running; with ``everything`` those that ended too."""
@@ -122,6 +139,7 @@ class Client:
         for attempt in self._attempts():
             try:
                 stream = self._stream(f"/jobs/{_path(job)}/watch", {})
+                attempt.opened()
                 for line in _lines(stream.chunks):
                     attempt.made_progress()
                     row = json.loads(line)
@@ -168,6 +186,7 @@ class Client:
         for trial in self._attempts():
             try:
                 stream = self._stream(f"/jobs/{_path(job)}/logs", query)
+                trial.opened()
                 if first is None:
                     first = _first_record(stream.headers, whole=tail is None and since is None)
                 for batch in _batches(stream.chunks):
@@ -198,9 +217,16 @@ class Client:
 
     def _attempts(self) -> Iterator[_Attempt]:
         """Attempts at one exchange, with pauses between them; a server never met is not waited for."""
-        attempt = _Attempt(lambda: self._patience if self._met else 0.0, self._tell)
+        attempt = _Attempt(lambda: self._patience if self._met else 0.0, self._tell_away)
         while True:
             yield attempt
+
+    def _tell_away(self, away: bool, sentence: str) -> None:
+        """Tell once that the server is away, and once that it is back, however many threads notice."""
+        with self._telling:
+            if self._away != away:
+                self._away = away
+                self._tell(sentence)
 
     def _call(
         self, method: str, path: str, query: Mapping[str, str] | None = None, body: object = None
@@ -216,22 +242,24 @@ class Client:
 
 
 class _Attempt:
-    """Trying again: how long a server has been away, and whether it was told."""
+    """Trying again: how long a server has been away."""
 
-    def __init__(self, patience: Callable[[], float], tell: Callable[[str], None]) -> None:
+    def __init__(self, patience: Callable[[], float], tell: Callable[[bool, str], None]) -> None:
         self._patience = patience
         self._tell = tell
+        self._opened: float | None = None
         self._deadline: float | None = None
-        self._pause = 0.05
-        self._told = False
+        self._pause = FIRST_PAUSE_SECONDS
+
+    def opened(self) -> None:
+        """The server answers; whether it goes on to do so is still to be seen."""
+        self._opened = time.monotonic()
+        self._tell(False, "the server is back")
 
     def made_progress(self) -> None:
-        """The server answered with something."""
-        if self._told:
-            self._tell("the server is back")
-        self._told = False
+        """Something came: from here the patience is whole again."""
         self._deadline = None
-        self._pause = 0.05
+        self._pause = FIRST_PAUSE_SECONDS
 
     def failed(self, error: GpujobsError | None) -> None:
         """Pause before the next attempt; None for a stream that ended in good order but too early.
@@ -240,14 +268,17 @@ class _Attempt:
             GpujobsError: ``error``, when the patience is over.
         """
         now = time.monotonic()
+        if self._opened is not None and now - self._opened > STEADY_SECONDS:
+            self.made_progress()
+        self._opened = None
         if error is not None:
             if self._deadline is None:
                 self._deadline = now + self._patience()
             if now >= self._deadline:
                 raise error
-            if not self._told and self._pause > 0.3:
-                self._tell(f"the server is away; waiting up to {self._patience():.0f} s for it (jobs go on)")
-                self._told = True
+            if self._pause > 0.3:
+                patience = f"{self._patience():.0f}"
+                self._tell(True, f"the server is away; waiting up to {patience} s for it (jobs go on)")
         time.sleep(self._pause)
         self._pause = min(2.0, self._pause * 2)
 

@@ -101,10 +101,10 @@ def model_name(value: object) -> str:
 def _memory(gpu: Mapping[str, Any], length: int) -> Cell:
     total, used = gpu.get("memory_bytes"), gpu.get("memory_used_bytes")
     share = used / total if total and used is not None else None
-    text = size(total) if used is None else f"{size(used).removesuffix(' GiB')}/{size(total)}"
+    text = size(total) if used is None else f"{size(used).split()[0]}/{size(total)}"
     if used is None and length:
         text = f"{GAP}/{text}"
-    elif used is not None and not size(used).endswith("GiB"):
+    elif used and not size(used).endswith("GiB"):
         text = f"{size(used)}/{size(total)}"
     return Cell(
         f"{bar(share, length)} {text}" if length else text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,12 +70,6 @@ def _ranges(indices: Sequence[object]) -> str:
     return ",".join(told + [clean(i) for i in indices if not isinstance(i, int)])
 
 
-def short_uuid(uuid: str) -> str:
-    """The start of a UUID that people can tell devices apart by: ``GPU-8f3a2c41``."""
-    kind, _, rest = uuid.partition("-")
-    return f"{kind}-{rest[:8]}" if rest else uuid
-
-
 def _time_in_state(row: Mapping[str, Any], now: float) -> float | None:
     """Seconds that it has waited, run, or ran."""
     submitted, started, ended = (seconds_of(row.get(f"{name}_at")) for name in ("submitted", "started", "ended"))
@@ -99,8 +94,10 @@ def state_line(row: Mapping[str, Any]) -> str:
     """One change of a job as ``run`` tells it: the state, why it waits, where it runs."""
     state = clean(row.get("state"))
     if state == "running":
-        gpus = [clean(i) for i in row.get("gpu_indices") or [short_uuid(clean(u)) for u in row.get("gpus") or []]]
-        return "running" + (f" on GPU {', '.join(gpus)}" if gpus else "")
+        held, indices = row.get("gpus") or [], row.get("gpu_indices") or []
+        if held and len(indices) == len(held):
+            return f"running on GPU {_ranges(indices)}"
+        return "running" + (f" on {len(held)} GPU{'s' * (len(held) > 1)}" if held else "")
     why = _why(row)
     return f"{state}: {why}" if why else state
 
@@ -215,12 +212,10 @@ def _attempt_lines(row: Mapping[str, Any]) -> list[str]:
             message,
         ]
         lines.append("  ".join(word for word in words if word))
-        # Why the other GPUs were not taken.
-        lines += [
-            f"   not {short_uuid(clean(choice.get('uuid')))}: {clean(choice.get('reason'))}"
-            for choice in attempt.get("choices") or []
-            if not choice.get("chosen")
-        ]
+        refused = Counter(
+            clean(choice.get("reason")) for choice in attempt.get("choices") or [] if not choice.get("chosen")
+        )
+        lines += [f"   {count} GPU{'s' * (count > 1)} not taken: {reason}" for reason, count in refused.items()]
     return lines
 
 

@@ -189,7 +189,7 @@ async def _submission(
     return owner, parsed
 
 
-async def listing(service: Service, asker: Owner, request: Request) -> Response:
+async def listing(service: Service, _: Owner, request: Request) -> Response:
     """The jobs that have not ended, or with ``all=1`` the latest of all."""
     every = request.query_params.get("all", "0") == "1"
     limit = _number(request, "limit", 1000 if every else MAX_ROWS, MAX_ROWS)
@@ -306,7 +306,7 @@ async def _frames(
         service.unwatch(job.id.number, event)
 
 
-async def gpus(service: Service, asker: Owner, _: Request) -> Response:
+async def gpus(service: Service, _: Owner, __: Request) -> Response:
     """The GPUs and who has what of them."""
     await service.look()
     return JSONResponse(rows.inventory(service))

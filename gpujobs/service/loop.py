@@ -15,7 +15,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from gpujobs.core.place import strangers
 from gpujobs.core.planning import as_row, plan
 from gpujobs.core.ports import Clock, GpuSource
 from gpujobs.core.queue import QueueState
-from gpujobs.core.reconcile import Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, foreign, reconcile
+from gpujobs.core.reconcile import Action, Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, foreign, reconcile
 from gpujobs.core.spec import JobSpec
 from gpujobs.service.access import Directory
 from gpujobs.service.attempts import Attempt, name_of, remove_control, starting_state
@@ -117,7 +117,7 @@ class Service:
         self._looked_at = float("-inf")
         self._last_started: Attempt | None = None
         self.stopped = asyncio.Event()
-        self.notes: list[str] = [mounts.note] if mounts.note else []
+        self.notes: list[str] = [] if mounts.read_only_itself else [mounts.note]
 
     # -- start-up and the loop ---------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Service:
         """Something has happened that decisions may depend on."""
         self._woken.set()
 
-    def _spawn(self, work: Any, name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -373,7 +373,7 @@ class Service:
                 lambda ledger: ledger.on_attempt(
                     "set_attempt_container", job_id, attempt, config=config, container=container, image=image.id,
                     digest=image.digest,
-                )  # fmt: skip
+                )
             )
         )
 
@@ -415,7 +415,7 @@ class Service:
                     "set_attempt_ended", job_id, attempt.number, ended_at=now, exit_code=exit_code, reason=ending.reason,
                     message=ending.message,
                 ),
-            )  # fmt: skip
+            )
         )
         self._attempts.pop(job_id, None)
         self._notes.pop(job_id, None)
@@ -661,7 +661,7 @@ class Service:
         for action in reconcile(self.id, recorded, seen):
             await self._settle(action, by_job, {c.id: c for c in seen})
 
-    async def _settle(self, action: Any, rows: dict[JobId, dict[str, Any]], seen: dict[str, Seen]) -> None:
+    async def _settle(self, action: Action, rows: dict[JobId, dict[str, Any]], seen: dict[str, Seen]) -> None:
         if isinstance(action, Resume | Adopt):
             row = dict(rows[action.job])
             if isinstance(action, Adopt):
@@ -696,7 +696,7 @@ class Service:
         """Remove ended containers when they have been kept long enough."""
         while True:
             now, keep = self.clock.now(), self.settings.keep_ended
-            for row in await self.store.read(lambda ledger: ledger.expired(now - keep)):
+            for row in await self.store.read(lambda ledger, before=now - keep: ledger.expired(before)):  # type: ignore[misc]
                 await self._remove(row)
             oldest = await self.store.read(lambda ledger: ledger.next_expiry())
             due = keep if oldest is None else max(1.0, oldest + keep - now)

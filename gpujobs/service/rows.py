@@ -36,6 +36,8 @@ def row(service: Service, job: Job, explainer: Explainer) -> Row:
         "reason": reason or None,
         "message": message or None,
         "gpus": list(gpus),
+        "gpu_count": job.spec.gpus.count,
+        "gpu_indices": [gpu.index for uuid in gpus if (gpu := service.inventory.by_uuid(uuid)) is not None],
         "submitted_at": rfc3339(job.submitted_at),
         "started_at": rfc3339(getattr(state, "started_at", None)),
         "ended_at": rfc3339(getattr(state, "ended_at", None)),

@@ -189,7 +189,9 @@ def _make_places(state: Path) -> Paths:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
         pins, nodes = run / "pins", run / "nodes"
-        run.mkdir(mode=0o755, parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:
+            run.chmod(0o755)  # accounts must be able to look whether the system's socket is there
         for directory in (pins, nodes):
             directory.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -250,7 +252,9 @@ def _record(state: Path) -> dict[str, Any]:
 def _listen(address: Path) -> socket.socket:
     """Bind the socket: root's is the group's where there is one, anybody else's is their own."""
     try:
-        address.parent.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        if not address.parent.exists():
+            address.parent.mkdir(parents=True)
+            address.parent.chmod(0o755 if os.geteuid() == 0 else 0o700)
         with places.short_path(address) as name:
             _refuse_answering(name, address)
             address.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from gpujobs.core import spec
@@ -17,7 +18,7 @@ from gpujobs.core.errors import InvalidInput, Problem
 from gpujobs.core.forms import env_file_paths
 from gpujobs.core.interpolate import interpolate, names, references
 from gpujobs.core.spec import JobFile, JobSpec
-from gpujobs.core.values import Context, Fault, Json, Loc, Parsed, SpecError, shown, typed
+from gpujobs.core.values import Context, Fault, Json, Loc, Parsed, SpecError, amount, printable, shown, typed, wrong
 from gpujobs.specfile import matrix
 from gpujobs.specfile.tree import Place, TextError, Tree, read
 from gpujobs.specfile.words import MISSING, unknown
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 PROBLEMS_MAX = 100
 """Mistakes that are told of one file."""
+GATHERED_MAX = 1000
+"""Mistakes that are looked at in one element, to tell the first of them in the file's order."""
+EXPANDED_MAX = 64 << 20
+"""Bounds what ``${VAR}`` and a matrix make of one file: characters, and 64 for each text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,7 @@ class _Reading:
         self._context = context
         self._problems: set[Problem] = set()
         self._tree = Tree()
+        self._left = EXPANDED_MAX
 
     def elements(self, text: bytes | str) -> list[Element]:
         try:
@@ -175,14 +181,14 @@ class _Reading:
 
         def change(words: str) -> str:
             new = interpolate(words, self._context.variables)
-            return type(words)(new) if new is not words else words
+            return words if new is words else type(words)(new)
 
         for key, item in value.items():
             result[key] = item
             for loc, words in matrix.strings(item, (key,)):
                 if "$" in words:
                     try:
-                        change(words)
+                        self._spend(change(words))
                     except SpecError as error:
                         broken.add(key)
                         self._faults(error.faults, loc)
@@ -248,7 +254,11 @@ class _Reading:
             fixed[key] = Parsed(None)
         braced = [key for key, item in raw.items() if _braced(item)]
         for index, element in enumerate(elements):
-            filled = {**raw, **{key: matrix.fill(raw[key], element) for key in braced}}
+            try:
+                filled = {**raw, **{key: matrix.fill(raw[key], element, self._spend) for key in braced}}
+            except SpecError as error:
+                self._faults(error.faults, ("matrix",) if has_matrix else ())
+                break
             done = self._one({**filled, **fixed}, element, again=index > 0)
             if done is None or self._problems:
                 if len(self._problems) >= PROBLEMS_MAX:
@@ -267,6 +277,13 @@ class _Reading:
                     fixed[key] = Parsed(getattr(done, key))
         return result
 
+    def _spend(self, text: str) -> None:
+        self._left -= len(text) + 64
+        if self._left < 0:
+            raise wrong(
+                f"the file grows to more than {amount(EXPANDED_MAX)} of text; use shorter values or fewer elements"
+            )
+
     def _one(self, raw: dict[str, object], element: dict[str, str], *, again: bool) -> JobFile | None:
         from pydantic import ValidationError
 
@@ -274,7 +291,7 @@ class _Reading:
             return _adapter().validate_python(raw, context=self._context)
         except ValidationError as error:
             known = {(problem.line, problem.column, problem.path) for problem in self._problems} if again else set()
-            for fault in _flat(error):
+            for fault in islice(_flat(error), GATHERED_MAX):
                 # Elements of a matrix go wrong in the same place: told for the first of them.
                 loc = self._known(fault.loc)
                 place = self._place(loc, at_key=fault.at_key)
@@ -290,7 +307,7 @@ class _Reading:
                 template = template.get(step)
             elif isinstance(template, list) and isinstance(step, int):
                 template = template[step] if step < len(template) else None
-        here = sorted(references(template) & set(element)) if isinstance(template, str) else []
+        here = sorted(references(template) & set(element)) if element and isinstance(template, str) else []
         shown_values = ", ".join(f"{name}={shown(str(element[name]), 30)[1:-1]}" for name in here)
         return fault._replace(message=f"{fault.message} (with {shown_values})") if here else fault
 
@@ -311,7 +328,8 @@ class _Reading:
         return self._tree.values.get(loc, Place(1, 1))
 
     def _note(self, place: Place, loc: Loc, message: str) -> None:
-        self._problems.add(Problem(self._context.file, place.line, place.column, _path(loc), message))
+        # Readers quote what they were given; whatever else of the file is in a sentence is made harmless here.
+        self._problems.add(Problem(self._context.file, place.line, place.column, _path(loc), printable(message)))
 
     def _raise(self) -> None:
         if not self._problems:

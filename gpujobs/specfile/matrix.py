@@ -215,9 +215,19 @@ def used(value: Mapping[str, object], names: list[str], *, matrix: bool) -> tupl
     return set().union(*by_key.values()), by_key
 
 
-def fill(value: object, element: Values) -> object:
-    """A value of the file as it is in one element."""
-    return replace(value, lambda text: substitute(text, element) if "{{" in text else text)
+def fill(value: object, element: Values, spend: Callable[[str], None]) -> object:
+    """A value of the file as it is in one element; tells ``spend`` of each text in it.
+
+    Raises:
+        SpecError: By ``spend``, or because a text grows too long.
+    """
+
+    def change(text: str) -> str:
+        result = substitute(text, element) if "{{" in text else text
+        spend(result)
+        return result
+
+    return replace(value, change)
 
 
 __all__ = ["Axes", "SpecError", "combinations", "fill", "replace", "strings", "used"]

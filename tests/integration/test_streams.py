@@ -147,26 +147,47 @@ def test_100_megabytes_at_full_speed_with_the_follower_killed_midway_are_complet
     asyncio.run(scenario())
 
 
-def test_long_lines_binary_junk_and_a_missing_last_newline_are_stored_byte_for_byte(
-    containers: Containers, tmp_path: Path
-) -> None:
+LONG = {
+    "a long line without newline at the end": b"start\n" + b"w" * 100_000,
+    "a long line with newline at the end": b"w" * 1_000_000 + b"\n",
+    "exactly one buffer without newline": b"y" * 16384,
+    "exactly one buffer with newline": b"y" * 16384 + b"\n",
+    "one byte less than a buffer": b"z" * 16383 + b"\n" + b"z" * 16383,
+    "a short end without newline": b"y" * 50_000 + b"\nend",
+}
+
+
+def test_long_lines_binary_junk_and_any_ending_are_stored_byte_for_byte(containers: Containers, tmp_path: Path) -> None:
     chance = random.Random(3)
+    junk = b"\n".join([
+        b"x" * (1 << 20), b"\0\r", b"\n\r\0\xff\xfe", chance.randbytes(300_000), b"\0" * 500_000, b"y" * 16384, b"",
+        b"z" * 16383, b"w" * 32768 + chance.randbytes(100_000), b"no newline here",
+    ])  # fmt: skip
     data = tmp_path / "data"
     data.mkdir()
-    out = b"".join([
-        b"x" * (1 << 20), b"\n", b"\0\r\n\n\r\0\xff\xfe", chance.randbytes(300_000), b"\n", b"\0" * 500_000, b"\n",
-        b"y" * 16384, b"\n", b"z" * 16383, b"\n", b"w" * 32768, chance.randbytes(100_000), b"no newline here",
-    ])  # fmt: skip
-    err = chance.randbytes(50_000) + b"\n\n" + b"e" * 40_000
-    (data / "out").write_bytes(out)
-    (data / "err").write_bytes(err)
-    name = containers.start("cat /data/err >&2 & cat /data/out; wait", "-v", f"{data}:/data:ro")
+    cases = [junk, *LONG.values()]
+    names = []
+    for n, out in enumerate(cases):
+        (data / str(n)).write_bytes(out)
+    for n in range(len(cases)):
+        script = f"cat /data/{n} >&2 & cat /data/{(n + 1) % len(cases)}; wait"
+        names.append(containers.start(script, "-v", f"{data}:/data:ro"))
+
+    async def one(n: int) -> None:
+        log = LogWriter(tmp_path / str(n))
+        assert await follow_log(containers.engine.host, names[n], log) == LogEnd(gone=False, gaps=0)
+        log.close()
+        again = LogWriter(tmp_path / str(n))
+        size = again.payload
+        assert await follow_log(containers.engine.host, names[n], again) == LogEnd(gone=False, gaps=0)
+        await again.finish()
+        assert again.payload == size, "following a complete log again adds nothing"
+        out, err = both(await stored(tmp_path / str(n)))
+        assert err == cases[n]
+        assert out == cases[(n + 1) % len(cases)]
 
     async def scenario() -> None:
-        log = LogWriter(tmp_path / "log")
-        assert await follow_log(containers.engine.host, name, log) == LogEnd(gone=False, gaps=0)
-        await log.finish()
-        assert both(await stored(tmp_path / "log")) == (out, err)
+        await asyncio.gather(*map(one, range(len(cases))))
 
     asyncio.run(scenario())
 
@@ -244,7 +265,9 @@ def test_an_engine_restarted_midway_ends_the_container_and_its_log_is_complete(t
         engine = daemon.engine
         images.ensure(engine, images.BUSYBOX)
         containers = Containers(engine)
-        name = containers.start("trap 'echo stopped; exit 5' TERM; i=0; while :; do echo $i; i=$((i+1)); usleep 2000; done")
+        name = containers.start(
+            "trap 'echo stopped; exit 5' TERM; i=0; while :; do echo $i; i=$((i+1)); usleep 2000; done"
+        )
 
         async def scenario() -> None:
             log = LogWriter(tmp_path / "log")

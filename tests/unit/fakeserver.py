@@ -18,7 +18,7 @@ from gpujobs import places
 from gpujobs.logwire import LogRecord, encode_frame
 
 
-class Drop(Exception):  # noqa: N818 - it is an instruction, not an error
+class Drop(Exception):
     """Raised by a stream: the connection breaks off in the middle."""
 
 

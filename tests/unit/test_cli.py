@@ -93,7 +93,7 @@ def test_run_passes_streams_on_byte_for_byte_and_ends_with_the_jobs_code(fake, g
     assert out == junk + junk
     assert err.replace("err\r", "") == (
         "gpujobs: job 12 queued: resources: 2 GPUs are asked for, 1 is free\n"
-        "gpujobs: job 12 running on GPU GPU-8f3a2c41\n"
+        "gpujobs: job 12 running on 1 GPU\n"
         "gpujobs: job 12 failed after 10m00s: exit 137: killed: the 8 GiB memory limit was reached\n"
     )
     assert "err\r" in err
@@ -201,7 +201,8 @@ def test_submit_prints_ids_json_or_a_sentence(fake, gpujobs):
     assert gpujobs("submit", "--run-as", "alice", "job.yaml")[0] == 0
     assert fake.requests[-1].body["run_as"] == "alice"
     fake.on("POST", "/v1/jobs", (201, answer | {"notes": ["paths are not pinned"]}))
-    assert "gpujobs: paths are not pinned" in gpujobs("submit", "-q", "job.yaml")[2]
+    assert "gpujobs: paths are not pinned" in gpujobs("submit", "job.yaml")[2]
+    assert gpujobs("submit", "-q", "job.yaml")[2] == ""
 
 
 def test_submit_reads_the_standard_input(fake):

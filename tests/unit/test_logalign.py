@@ -38,7 +38,11 @@ def test_any_resume_with_any_overlap_gives_the_truth(
     had = data.draw(st.integers(0, len(truth)))
     missing = data.draw(st.integers(0, had))
     upto = data.draw(st.integers(missing, had))
-    if not missing or len({*truth[missing:upto]} & {*truth[upto:had]}) or len({*truth[:missing]} & {*truth[missing:upto]}):
+    if (
+        not missing
+        or len({*truth[missing:upto]} & {*truth[upto:had]})
+        or len({*truth[:missing]} & {*truth[missing:upto]})
+    ):
         upto = missing  # holes are of whole files, never at the start, and not looked for within a run
     for record in truth[:missing] + truth[upto:had]:
         log.append([record])

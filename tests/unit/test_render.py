@@ -217,7 +217,7 @@ def test_show_tells_what_runs_with_what():
         "Mount:       /srv/data -> /data (read only)",
         "Mount:       tmpfs -> /tmp",
         "Attempts:    1:  2026-01-02 03:04:05 UTC",
-        "                not GPU-bbbbbbbb: job 9 holds it",
+        "                1 GPU not taken: job 9 holds it",
     ):
         assert line in told
 
@@ -229,8 +229,8 @@ def test_show_of_a_job_whose_inside_is_not_ours_to_see_works():
 
 
 def test_a_change_of_state_says_why_or_where():
-    assert render.state_line(row(state="running", gpus=["GPU-8f3a2c41-x"])) == "running on GPU GPU-8f3a2c41"
-    assert render.state_line(row(state="running", gpus=["G"], gpu_indices=[5])) == "running on GPU 5"
+    assert render.state_line(row(state="running", gpus=["GPU-8f3a2c41-x"])) == "running on 1 GPU"
+    assert render.state_line(row(state="running", gpus=["G", "H"], gpu_indices=[5, 4])) == ("running on GPU 4-5")
     assert render.state_line(row(state="queued", reason="priority", message="after job 3")) == (
         "queued: priority: after job 3"
     )

@@ -6,16 +6,20 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gpujobs import __version__
 from gpujobs.core.errors import OK, GpujobsError, Interrupted, InvalidInput
-from gpujobs.faces.cli import files, gpus, jobs, logs, server
+from gpujobs.faces.cli import doctor as checkup
+from gpujobs.faces.cli import files, gpus, jobs, logs, plans, server
 from gpujobs.faces.cli.common import Hooks, emit, emit_error, output_closed, report, report_bug
 from gpujobs.faces.client import Host
 from gpujobs.faces.words import clean
+
+if TYPE_CHECKING:
+    from gpujobs.core.finding import Report
 
 ABOUT = "One YAML file, one command, the right GPUs, in a container, on a server that many people share."
 
@@ -41,10 +45,13 @@ for _name, _command, _examples in (
     ("logs", logs.logs, logs.EXAMPLES),
     ("wait", jobs.wait, jobs.WAIT_EXAMPLES),
     ("cancel", jobs.cancel, jobs.CANCEL_EXAMPLES),
+    ("plan", plans.plan, plans.PLAN_EXAMPLES),
+    ("rerun", plans.rerun, plans.RERUN_EXAMPLES),
     ("gpus", gpus.gpus, gpus.EXAMPLES),
     ("check", files.check, files.CHECK_EXAMPLES),
     ("schema", files.schema, files.SCHEMA_EXAMPLES),
     ("from-docker", files.from_docker, files.FROM_DOCKER_EXAMPLES),
+    ("doctor", checkup.doctor, checkup.EXAMPLES),
     ("serve", server.serve, server.SERVE_EXAMPLES),
     ("completion", server.completion, server.COMPLETION_EXAMPLES),
 ):
@@ -74,6 +81,7 @@ def main(
     *,
     serve: Callable[[Path | None, Path | None, float | None], int],
     ensure_server: Callable[[Host], str | None],
+    doctor: Callable[[], Report] | None = None,
 ) -> int:
     """Run one command.
 
@@ -81,6 +89,7 @@ def main(
         argv: The arguments; those of the process by default.
         serve: Be the server: (settings file, simulated machine, speed) to the exit code.
         ensure_server: Start a server for this account where the rules allow it; what to say of it, or None.
+        doctor: Look at the machine, for the command of that name.
 
     Returns:
         The exit code. No error leaves this as an exception.
@@ -91,7 +100,7 @@ def main(
             # A terminal that is not UTF-8 gets escapes for what it cannot show, not a traceback.
             reconfigure(errors="backslashreplace")
     try:
-        return _invoke(sys.argv[1:] if argv is None else list(argv), Hooks(serve, ensure_server))
+        return _invoke(sys.argv[1:] if argv is None else list(argv), Hooks(serve, ensure_server, doctor))
     except GpujobsError as error:
         return report(error)
     except KeyboardInterrupt:

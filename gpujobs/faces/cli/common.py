@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -20,6 +21,9 @@ from gpujobs.faces.client import Client, Host, find_host
 from gpujobs.faces.grid import Grid
 from gpujobs.faces.transport import NoServer
 from gpujobs.faces.words import clean
+
+if TYPE_CHECKING:
+    from gpujobs.core.finding import Report
 
 SIGPIPE_EXIT = 141
 """What a shell reports of a program whose reader went away: 128 + SIGPIPE."""
@@ -32,10 +36,12 @@ class Hooks:
     Attributes:
         serve: Be the server: (settings file, simulated machine, speed) to the exit code.
         ensure_server: Start one for this account where the rules allow it; what to say of it, or None.
+        doctor: Look at the machine; None where the caller gave none.
     """
 
     serve: Callable[[Path | None, Path | None, float | None], int]
     ensure_server: Callable[[Host], str | None]
+    doctor: Callable[[], Report] | None = None
 
 
 def hooks_of(context: typer.Context) -> Hooks:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gpujobs import places
-from gpujobs.core.errors import OK, InvalidInput
+from gpujobs.core.errors import OK, InvalidInput, Refused
+from gpujobs.core.job import Owner
 from gpujobs.faces.cli.common import emit, emit_json, report, tell
 from gpujobs.faces.words import clean
+
+if TYPE_CHECKING:
+    from gpujobs.specfile import Element
 
 CHECK_EXAMPLES = """\b
 Examples:
@@ -43,7 +48,7 @@ def check(
     for name in files:
         answer: dict[str, Any] = {"file": jobfiles.shown_name(name), "ok": True, "jobs": 0, "problems": []}
         try:
-            answer["jobs"] = _jobs_in(name)
+            answer["jobs"] = len(elements_in(name))
         except InvalidInput as error:
             code = error.exit
             answer |= {"ok": False, "message": error.message, "problems": [
@@ -62,8 +67,8 @@ def check(
     return code
 
 
-def _jobs_in(name: str) -> int:
-    """How many jobs a file describes.
+def elements_in(name: str) -> list[Element]:
+    """The jobs that a file describes.
 
     Raises:
         InvalidInput: With every mistake.
@@ -81,7 +86,17 @@ def _jobs_in(name: str) -> int:
         working_directory=str(Path.cwd()),
         env_files=jobfiles.env_files_of(data.decode(errors="replace"), directory, os.environ),
     )
-    return len(specfile.parse(data, context))
+    return specfile.parse(data, context)
+
+
+def this_account() -> Owner:
+    """The account that runs this command."""
+    try:
+        entry = pwd.getpwuid(os.getuid())
+    except KeyError:
+        raise Refused(f"uid {os.getuid()} has no account on this machine") from None
+    groups = tuple(sorted({entry.pw_gid, *os.getgrouplist(entry.pw_name, entry.pw_gid)}))
+    return Owner(uid=entry.pw_uid, gid=entry.pw_gid, groups=groups, name=entry.pw_name, home=entry.pw_dir)
 
 
 def schema() -> int:

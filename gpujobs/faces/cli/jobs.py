@@ -121,13 +121,13 @@ def submit(
     """Submit jobs and return once they are safely recorded: all of them or, with a mistake in one, none."""
     answer = ready_client(context).submit(files, run_as=run_as)
     jobs = _submitted(answer)
-    _tell_notes(answer)
     if json:
         emit_json(answer)
     elif quiet:
         emit("".join(f"{job}\n" for job in jobs))
     else:
         said = answer.get("message") or f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)} submitted"
+        _tell_notes(answer)
         emit(f"{clean(said)}\n")
     return OK
 

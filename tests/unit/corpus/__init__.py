@@ -8,8 +8,8 @@
     >>> 2:8: image: 'A' is not an image; image names are lower case; did you mean `a`?
     --- parser only: why a JSON Schema cannot know it
 
-``##`` begins a heading. Lines after ``>>>`` are exact messages without the file's name; ``---`` is there for the few that only the parser
-can refuse.
+``##`` begins a heading. Lines after ``>>>`` are exact messages without the file's name; ``---`` is there for those
+that only the parser can refuse.
 """
 
 from __future__ import annotations
