@@ -8,10 +8,32 @@ from typing import Annotated
 
 import yaml
 from annotated_types import Ge, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
+from gpujobs.core import forms
 from gpujobs.core.errors import InvalidInput, Problem
+from gpujobs.core.spec import Volume, volumes_of
+from gpujobs.core.values import Context, duration
+
+_CONTEXT = Context(file="", directory="/", home="/nonexistent", variables={})
+
+
+def _seconds(value: object) -> object:
+    return duration(value, 0) if isinstance(value, str) else value
+
+
+def _environment(value: object) -> object:
+    return forms.environment(value, _CONTEXT)
+
+
+def _volumes(value: object) -> object:
+    found = volumes_of(value, _CONTEXT)
+    for volume in found:
+        if volume.type != "bind":
+            raise ValueError(f"{volume.target}: only directories and files of the host can be given to every job")
+    return found
+
 
 _CONFIG = ConfigDict(extra="forbid", strict=False)
 
@@ -26,12 +48,18 @@ class Settings:
         keep_ended: Seconds for which an ended job's container is kept.
         memory_reserve: The part of the host's memory that is given to no job, 0-1.
         admins: Accounts that may act on everybody's jobs, besides root.
+        environment: Variables that every job has, such as proxies and the place of a model cache; the job
+            file's win.
+        volumes: Mounts that every job has where its owner can open them, such as shared data sets: as in a job
+            file, bind mounts only.
     """
 
     runtime: str = "nvidia"
-    keep_ended: Annotated[float, Ge(0)] = 86400.0
+    keep_ended: Annotated[float, BeforeValidator(_seconds), Ge(0)] = 86400.0
     memory_reserve: Annotated[float, Ge(0), Lt(1)] = 0.1
     admins: tuple[str, ...] = ()
+    environment: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_environment)] = ()
+    volumes: Annotated[tuple[Volume, ...], BeforeValidator(_volumes)] = ()
 
 
 _ADAPTER = TypeAdapter(Settings)

@@ -1,8 +1,8 @@
 """Which GPUs a container can really open: asked of the kernel's device policy, not of any variable.
 
 A probe (``gpujobs-init probe``) joins the container's cgroup and tries every NVIDIA device number, without opening
-a device. A server that is not root cannot join the cgroup from outside: it runs the same probe inside the
-container, as root through the Engine.
+a device. A server that is not root may not join it: it lets the Engine run the same probe as root, in a container
+of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpujobs.adapters.engine import Engine
+from gpujobs.adapters.engine import Engine, EngineError
 from gpujobs.core.errors import Unavailable
 
 MAJOR = 195
@@ -56,7 +56,10 @@ async def granted(engine: Engine, init: Path, nodes: Path, container: str, pid: 
     if os.geteuid() == 0:
         text = await _from_outside(init, nodes, pid, wanted)
     else:
-        text = await engine.probe(container, wanted)
+        try:
+            text = await engine.probe(container, init, device_cgroups(pid), wanted)
+        except EngineError as error:
+            raise Unavailable(f"the container's device policy could not be read: {error}") from error
     answers = {int(minor): verdict for major, minor, verdict in _LINE.findall(text) if int(major) == MAJOR}
     if len(answers) != int(wanted.rpartition("-")[2]) + 1:
         raise Unavailable(f"the container's device policy could not be read: {text.strip()[-300:] or 'no answer'}")

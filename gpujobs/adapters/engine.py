@@ -12,8 +12,9 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,10 @@ THREADS = 8
 _CAP_SYS_RESOURCE = 24
 _LIMITS = {"memlock": "Max locked memory", "stack": "Max stack size", "core": "Max core file size",
            "nofile": "Max open files", "nproc": "Max processes"}  # fmt: skip
+
+
+class EngineAway(Unavailable):
+    """The Engine does not answer: whatever was asked of it can be asked again when it does."""
 
 
 class EngineError(Exception):
@@ -266,16 +271,80 @@ class Engine:
 
         return await self.call(collect)
 
-    async def probe(self, container: str, devices: str) -> str:
-        """Run the init's device probe as root inside a container: for servers that are not root themselves."""
+    async def probe(self, container: str, init: Path, cgroups: Sequence[Path], devices: str) -> str:
+        """Run the init's device probe in the cgroup of a container, for servers that are not root themselves.
+
+        A container of its own does it, with nothing in it but the probe, the cgroup's directory and the right to
+        make device nodes. (A privileged exec in the job's container would be quicker; it fails on an Engine that
+        lacks one of the kernel's capabilities itself, as in a sandbox.)
+
+        Args:
+            container: The container that is asked about.
+            init: The init's binary on the host.
+            cgroups: Its device cgroup's directories on the host.
+            devices: What to try, such as ``195:0-31``.
+
+        Raises:
+            EngineError: The probe could not be run.
+        """
 
         def run(client: docker.APIClient) -> str:
-            init = client.inspect_container(container)["Config"]["Entrypoint"][0]
-            command = [init, "probe", "--dir", "/dev", devices]
-            made = client.exec_create(container, command, user="0:0", privileged=True, stderr=False)
-            return bytes(client.exec_start(made["Id"])).decode("ascii", "replace")
+            found = client.inspect_container(container)
+            request = probe_request(found["Image"], found["Config"].get("Env") or [], init, cgroups, devices)
+            name = f"{found['Name'].removeprefix('/')}-probe"
+            with suppress(NotFound):  # a server that was killed meanwhile has left it
+                client.remove_container(name, v=True, force=True)
+            made = str(client.create_container_from_config(request, name=name)["Id"])  # type: ignore[no-untyped-call]
+            try:
+                client.start(made)
+                client.wait(made, timeout=CALL_SECONDS)
+                return bytes(client.logs(made)).decode("utf-8", "replace")
+            finally:
+                client.remove_container(made, v=True, force=True)
 
         return await self.call(run)
+
+
+def probe_request(
+    image: str, environment: Sequence[str], init: Path, cgroups: Sequence[Path], devices: str
+) -> dict[str, Any]:
+    """What the Engine is asked for to run the device probe in another container's cgroup.
+
+    Args:
+        image: The id of any image: nothing of it runs.
+        environment: Variables of that image: all are taken away.
+        init: The init's binary on the host.
+        cgroups: Directories whose ``cgroup.procs`` the probe joins.
+        devices: What it tries.
+    """
+    program = "/.gpujobs/init"
+    mounts = [(init, program, True), *((path, f"/.gpujobs/cgroup{n}", False) for n, path in enumerate(cgroups))]
+    joins = [part for n in range(len(cgroups)) for part in ("--join", f"/.gpujobs/cgroup{n}/cgroup.procs")]
+    names = sorted({entry.partition("=")[0] for entry in environment} - {"NVIDIA_VISIBLE_DEVICES"})
+    return {
+        "Image": image,
+        "Entrypoint": [program, "probe", "--dir", "/dev", *joins],
+        "Cmd": [devices],
+        "User": "0:0",
+        "Env": [*names, "NVIDIA_VISIBLE_DEVICES=void"],
+        "Labels": {"gpujobs.probe": devices},
+        "Healthcheck": {"Test": ["NONE"]},
+        "HostConfig": {
+            "Runtime": "runc",
+            "NetworkMode": "none",
+            "CgroupnsMode": "host",  # a cgroup outside of one's own namespace cannot be joined
+            "CapDrop": ["ALL"],
+            "CapAdd": ["MKNOD"],
+            "SecurityOpt": ["no-new-privileges:true", "label=disable"],
+            "ReadonlyRootfs": True,
+            "PidsLimit": 16,
+            "LogConfig": {"Type": "json-file", "Config": {}},
+            "Mounts": [
+                {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": read_only}
+                for source, target, read_only in mounts
+            ],
+        },
+    }
 
 
 def unreachable(host: str, error: Exception) -> Unavailable:
@@ -285,7 +354,7 @@ def unreachable(host: str, error: Exception) -> Unavailable:
             f"this account (uid {os.getuid()}) may not use the Docker Engine at {host}",
             hint="Use a gpujobs server that the administrator runs, or ask for access to Docker.",
         )
-    return Unavailable(
+    return EngineAway(
         f"the Docker Engine at {host} does not answer", hint="Is dockerd running? Start it: `systemctl start docker`."
     )
 

@@ -17,16 +17,15 @@ from collections.abc import Iterable
 from enum import Enum, auto
 
 from gpujobs.adapters.logfile import LogWriter
-from gpujobs.adapters.lognewlines import is_restored, kind
-from gpujobs.adapters.logsegments import stored_size
+from gpujobs.adapters.logsegments import RESTORED, stored_size
 from gpujobs.logwire import GAP, LogRecord
 
 INDEX_RECORDS = 120_000
 """Records of the stored end that are held against an answer: about 25 MB of memory."""
 
 
-_Digest = tuple[int, int, int, int, int]
-"""Of a stored record: its position, stream, time in ns, kind, and hash."""
+_Digest = tuple[int, int, int]
+"""Of a stored record: its position, stream, and hash."""
 
 
 class _Runs:
@@ -61,29 +60,27 @@ class Index:
         positions: Where each record begins.
         digests: Hash of each record.
         places: Place in these lists by (digest, number in its run), for those whose number is known.
-        newest_ns: The latest time.
     """
 
-    def __init__(self, records: Iterable[_Digest], *, from_start: bool) -> None:
+    def __init__(self, *, from_start: bool) -> None:
         self.positions: list[int] = []
         self.digests: list[int] = []
         self.places: dict[tuple[int, int], int] = {}
-        self.newest_ns = 0
-        runs = _Runs(from_start=from_start)
-        last: dict[int, tuple[int, int]] = {}
-        for position, stream, time_ns, this, digest in records:
+        self._runs = _Runs(from_start=from_start)
+
+    def add(self, records: Iterable[_Digest]) -> None:
+        """Takes the next records."""
+        for position, stream, digest in records:
             if stream == GAP:
-                runs.forget()
+                self._runs.forget()
                 continue
-            before, last[stream] = last.get(stream), (this, time_ns)
-            if is_restored(this, time_ns, before):
+            if stream >= RESTORED:
                 continue
-            run = runs.of(stream, digest)
+            run = self._runs.of(stream, digest)
             if run is not None:
                 self.places[digest, run] = len(self.digests)
             self.positions.append(position)
             self.digests.append(digest)
-            self.newest_ns = max(self.newest_ns, time_ns)
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -93,23 +90,26 @@ async def index(log: LogWriter, position: int) -> Index:
     """Indexes the stored records from about a position to the end; further back if these cannot be told apart."""
     wanted = INDEX_RECORDS
     while True:
-        found: list[_Digest] = []
+        found: list[list[_Digest]] = []
+        count = 0
         whole = log.end == 0
         expected = log.end
         for batch in log.backward():
             first, record = batch[0]
             if first + stored_size(record) != expected:
                 break  # the middle of the log has been dropped here: what lies before does not adjoin
-            found += [
-                (at, stream, ns, kind(payload), hash((ns, stream, payload))) for at, (ns, stream, payload) in batch
-            ]
+            found.append([(at, record.stream, hash(record)) for at, record in batch])
+            count += len(batch)
             expected = batch[-1][0]
             whole = expected == 0
-            if len(found) >= wanted or expected <= position:
+            if count >= wanted or expected <= position:
                 break
             await asyncio.sleep(0)
-        made = Index(reversed(found), from_start=whole)
-        if made.places or whole or (len(found) < wanted and expected > position):
+        made = Index(from_start=whole)
+        while found:
+            made.add(reversed(found.pop()))
+            await asyncio.sleep(0)
+        if made.places or whole or (count < wanted and expected > position):
             return made
         wanted, position = wanted * 4, expected // 2
 
@@ -141,6 +141,7 @@ class Aligner:
         self._log = log
         self._stored = stored
         self._whole = whole
+        self._newest_ns = log.newest_ns
         self._next = 0
         self._runs = _Runs(from_start=whole)
         self.lost = False
@@ -183,7 +184,7 @@ class Aligner:
         if place is not None:
             self._next = place + 1
             return State.MATCH
-        if record.time_ns > self._stored.newest_ns:
+        if record.time_ns > self._newest_ns:
             # Later than everything stored, so it is not stored; and as the order never changes, all that is
             # stored was before it.
             self.lost = self._whole

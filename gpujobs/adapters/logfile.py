@@ -4,7 +4,7 @@ A log is a directory of segment files, each named by the position of its first b
 bytes of all records ever appended, so it stays valid when segments in the middle are dropped: the first
 ``head_limit`` bytes are kept for good, and after them the last ``tail_limit``.
 
-A segment is ``MAGIC``, the number of payload bytes before it in the log (``>Q``), and records. A record is
+A segment is ``MAGIC``, the payload bytes and the latest time before it in the log (``>QQ``), and records. A record is
 ``>QBI`` (time in ns, stream, length), the payload, and the length again (``>I``), by which a log is read
 backwards.
 
@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from gpujobs.adapters.logsegments import BEFORE, MAGIC, START, Located, Segment, Store, encode_records, load
+from gpujobs.adapters.logsegments import BEFORE, MAGIC, RESTORED, START, Located, Segment, Store, encode_records, load
 from gpujobs.core import errors
 from gpujobs.logwire import GAP, STDERR, STDOUT, LogRecord, encode_frame
 
@@ -55,6 +55,11 @@ class LogWriter:
         head_limit: Bytes of records kept from the start.
         tail_limit: Bytes of records kept from the end, beyond the head.
 
+    Attributes:
+        newest_ns: The latest time ever stored, in ns; not always the last record's.
+        closed: Nothing more is written.
+        repairs: Where records were put in later.
+
     Raises:
         InvalidInput: There is something else at that path.
         OSError: The disk.
@@ -69,6 +74,7 @@ class LogWriter:
         self._changed = asyncio.Event()
         self._fd = -1
         self._payload = 0
+        self.newest_ns = 0
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         segments = load(path)
         torn_at_birth = set(path.glob("*.seg")) - {segment.path for segment in segments}
@@ -81,7 +87,7 @@ class LogWriter:
             self._begin(0)
 
     def _continue(self, last: Segment) -> None:
-        position, self._payload = self._store.measure(last, last.end)
+        position, self._payload, self.newest_ns = self._store.measure(last, last.end)
         self._fd = os.open(last.path, os.O_RDWR | os.O_CLOEXEC | os.O_APPEND)
         if position != last.end:
             os.ftruncate(self._fd, position - last.start + START)
@@ -91,7 +97,7 @@ class LogWriter:
         path = self.path / f"{start:020d}.seg"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_APPEND, 0o600)
         try:
-            os.write(fd, MAGIC + BEFORE.pack(self._payload))
+            os.write(fd, MAGIC + BEFORE.pack(self._payload, self.newest_ns))
         except OSError:
             os.close(fd)
             path.unlink()
@@ -99,7 +105,7 @@ class LogWriter:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = fd
-        self._store.segments.append(Segment(path, start, self._payload, 0))
+        self._store.segments.append(Segment(path, start, self._payload, self.newest_ns, 0))
         self._drop()
 
     def _drop(self) -> None:
@@ -131,7 +137,7 @@ class LogWriter:
         Raises:
             OSError: The disk is full or broken; nothing of these records is stored then.
         """
-        data, payload = encode_records(records)
+        data, payload, newest = encode_records(records)
         if not data:
             return 0
         if self._store.segments[-1].size >= self._segment_size:
@@ -146,6 +152,7 @@ class LogWriter:
             raise
         segment.size += len(data)
         self._payload += payload
+        self.newest_ns = max(self.newest_ns, newest)
         self._wake()
         return len(data)
 
@@ -163,7 +170,7 @@ class LogWriter:
         while segments[-1].start > position:
             segments.pop().path.unlink()
         last = segments[-1]
-        _, self._payload = self._store.measure(last, position)
+        _, self._payload, self.newest_ns = self._store.measure(last, position)
         os.close(self._fd)
         self._fd = os.open(last.path, os.O_RDWR | os.O_CLOEXEC | os.O_APPEND)
         os.ftruncate(self._fd, position - last.start + START)
@@ -270,7 +277,9 @@ class LogReader:
             if stream == GAP:
                 if count < lines:
                     starts[GAP] = position
-            elif payload.endswith(b"\n") or stream not in seen:
+                continue
+            stream %= RESTORED
+            if payload.endswith(b"\n") or stream not in seen:
                 seen.add(stream)
                 if count >= lines:
                     complete.add(stream)
@@ -323,9 +332,10 @@ class LogReader:
                 if not found and position == moved and not notes:
                     return  # a torn end that no writer has cut off yet
                 batch = notes + [
-                    record
+                    record if record.stream < RESTORED else record._replace(stream=record.stream - RESTORED)
                     for where, record in found
-                    if where >= starts.get(record.stream, 0) and (since_ns is None or record.time_ns >= since_ns)
+                    if where >= starts.get(record.stream % RESTORED, 0)
+                    and (since_ns is None or record.time_ns >= since_ns)
                 ]
                 if batch:
                     yield batch

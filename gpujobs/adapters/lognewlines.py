@@ -3,7 +3,7 @@
 The Engine cuts a long line into messages of 16 KiB and a shorter, perhaps empty, rest. Before version 23 its
 ``local`` driver leaves out the newline after that rest when it reads. A message without newline that is not
 16 KiB long can otherwise only be the very last of its stream, so as soon as another one follows, the newline is
-known to have been there. It is stored as a record of its own, with the time of the rest.
+known to have been there. It is stored as a record of its own, marked, with the time of the rest.
 
 Whether the very last line of a stream ended with a newline is only in the Engine's file, which is looked at
 where it can be read; elsewhere a newline is assumed, as programs end their lines.
@@ -16,14 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gpujobs.adapters.logfile import LogWriter
+from gpujobs.adapters.logsegments import RESTORED
 from gpujobs.logwire import GAP, STDERR, STDOUT, LogRecord
 
 CHUNK = 16384
 """Bytes of a piece of a long line (the Engine's ``defaultBufSize``)."""
 
-WHOLE, PIECE, REST, NEWLINE = range(4)
-"""What a record can be: a line or the newline's end of one; 16 KiB of a long line; shorter, without newline; a
-newline alone."""
+WHOLE, PIECE, REST = range(3)
+"""What a record can be: the end of a line; 16 KiB of a long line; shorter, without newline."""
 
 _LENGTH = struct.Struct(">I")
 _FILE_TAIL = 4 << 20
@@ -32,21 +32,15 @@ _LOAD_BATCHES = 8
 
 
 def kind(payload: bytes) -> int:
-    """Says which of `WHOLE`, `PIECE`, `REST`, `NEWLINE` a record is."""
+    """Says which of `WHOLE`, `PIECE` and `REST` a record is."""
     if payload[-1:] == b"\n":
-        return NEWLINE if len(payload) == 1 else WHOLE
+        return WHOLE
     return PIECE if len(payload) >= CHUNK else REST
 
 
-def is_restored(this: int, time_ns: int, before: tuple[int, int] | None) -> bool:
-    """Whether a stored record is a newline that was put in here, and not a message of the Engine.
-
-    Args:
-        this: Its kind.
-        time_ns: Its time.
-        before: Kind and time of the record before it on its stream.
-    """
-    return this == NEWLINE and before == (REST, time_ns)
+def newline(stream: int, time_ns: int) -> LogRecord:
+    """The record of a newline that is put in after a rest of that time."""
+    return LogRecord(time_ns, stream + RESTORED, b"\n")
 
 
 class Newlines:
@@ -65,7 +59,7 @@ class Newlines:
         recent: list[LogRecord] = []
         for number, batch in enumerate(self._log.backward()):
             recent += (record for _, record in batch)
-            streams = [record.stream for record in recent]
+            streams = [record.stream % RESTORED for record in recent]
             if number >= _LOAD_BATCHES or min(streams.count(STDOUT), streams.count(STDERR)) >= 2:
                 break
         self._pass(reversed(recent))
@@ -77,10 +71,11 @@ class Newlines:
             if stream == GAP:
                 passed.append(record)
                 continue
+            stream %= RESTORED
             before = self._last.get(stream)
             this = kind(payload)
-            if before is not None and before[0] == REST and not is_restored(this, time_ns, before):
-                passed.append(LogRecord(before[1], stream, b"\n"))
+            if before is not None and before[0] == REST and record.stream < RESTORED:
+                passed.append(newline(stream, before[1]))
             self._rest_of_long[stream] = this == REST and (not payload or before == (PIECE, time_ns))
             self._last[stream] = this, time_ns
             passed.append(record)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpujobs.core import errors
-from gpujobs.logwire import FRAME, MAX_PAYLOAD, STDERR, LogRecord
+from gpujobs.logwire import FRAME, GAP, MAX_PAYLOAD, STDERR, STDOUT, LogRecord
 
 MAGIC = b"GJLOG\x001\n"
-BEFORE = struct.Struct(">Q")
+BEFORE = struct.Struct(">QQ")
 _TRAILER = struct.Struct(">I")
 START = len(MAGIC) + BEFORE.size
 _OVERHEAD = FRAME.size + _TRAILER.size
@@ -20,8 +20,13 @@ _OVERHEAD = FRAME.size + _TRAILER.size
 _BLOCK = 256 << 10
 """Bytes read at a time: parsing so many short lines takes less than 10 ms of the event loop."""
 
+RESTORED = 16
+"""Added to the stored stream of a newline that the Engine had left out (`gpujobs.adapters.lognewlines`)."""
+
+_STREAMS = frozenset({GAP, STDOUT, STDERR, STDOUT + RESTORED, STDERR + RESTORED})
+
 Located = tuple[int, LogRecord]
-"""A record and the position of its first byte."""
+"""A record, its stream as stored, and the position of its first byte."""
 
 
 def stored_size(record: LogRecord) -> int:
@@ -29,16 +34,18 @@ def stored_size(record: LogRecord) -> int:
     return _OVERHEAD + len(record.payload)
 
 
-def encode_records(records: Iterable[LogRecord]) -> tuple[bytes, int]:
-    """Returns records as they are stored, and the number of their payload bytes."""
+def encode_records(records: Iterable[LogRecord]) -> tuple[bytes, int, int]:
+    """Returns records as they are stored, the number of their payload bytes, and the latest time in ns."""
     parts: list[bytes] = []
-    payload = 0
+    payload = newest = 0
     header, trailer = FRAME.pack, _TRAILER.pack
     for time_ns, stream, content in records:
         length = len(content)
         payload += length
+        if time_ns > newest and stream != GAP:
+            newest = time_ns
         parts += (header(time_ns, stream, length), content, trailer(length))
-    return b"".join(parts), payload
+    return b"".join(parts), payload, newest
 
 
 def _parse(block: bytes, position: int) -> tuple[list[Located], int]:
@@ -48,7 +55,7 @@ def _parse(block: bytes, position: int) -> tuple[list[Located], int]:
     while offset + _OVERHEAD <= size:
         time_ns, stream, length = FRAME.unpack_from(block, offset)
         end = offset + _OVERHEAD + length
-        if end > size or stream > STDERR or length > MAX_PAYLOAD:
+        if end > size or stream not in _STREAMS or length > MAX_PAYLOAD:
             break
         if _TRAILER.unpack_from(block, end - _TRAILER.size)[0] != length:
             break
@@ -60,11 +67,20 @@ def _parse(block: bytes, position: int) -> tuple[list[Located], int]:
 
 @dataclass(slots=True)
 class Segment:
-    """One file: its path, the position of its first record, the payload before it, its bytes of records."""
+    """One file of a log.
+
+    Attributes:
+        path: Of the file.
+        start: Position of its first record.
+        before: Payload bytes of the log before it.
+        newest_before: The latest time in ns among the records before it.
+        size: Bytes of its records.
+    """
 
     path: Path
     start: int
     before: int
+    newest_before: int
     size: int
 
     @property
@@ -84,8 +100,8 @@ def load(directory: Path) -> list[Segment]:
             continue
         if not head.startswith(MAGIC):
             raise errors.InvalidInput(f"{path} is not a log segment of this version")
-        (before,) = BEFORE.unpack_from(head, len(MAGIC))
-        segments.append(Segment(path, int(path.stem), before, size - START))
+        before, newest = BEFORE.unpack_from(head, len(MAGIC))
+        segments.append(Segment(path, int(path.stem), before, newest, size - START))
     return segments
 
 
@@ -163,21 +179,23 @@ class Store:
         head = self._read(segment, segment.start, FRAME.size)
         return int(FRAME.unpack(head)[0]) if len(head) == FRAME.size else None
 
-    def measure(self, segment: Segment, until: int) -> tuple[int, int]:
+    def measure(self, segment: Segment, until: int) -> tuple[int, int, int]:
         """Walks a segment's whole records that begin before a position.
 
         Returns:
-            The position after them, and the payload bytes of the whole log up to there.
+            The position after them, and of the whole log up to there the payload bytes and the latest time.
         """
         block = self._read(segment, segment.start, segment.size)
-        total, offset, size = segment.before, 0, len(block)
+        total, newest, offset, size = segment.before, segment.newest_before, 0, len(block)
         header, trailer = FRAME.unpack_from, _TRAILER.unpack_from
         stop = until - segment.start
         while offset < stop and offset + _OVERHEAD <= size:
-            _, stream, length = header(block, offset)
+            time_ns, stream, length = header(block, offset)
             end = offset + _OVERHEAD + length
-            if end > size or stream > STDERR or length > MAX_PAYLOAD or trailer(block, end - 4)[0] != length:
+            if end > size or stream not in _STREAMS or length > MAX_PAYLOAD or trailer(block, end - 4)[0] != length:
                 break
             total += length
+            if time_ns > newest and stream != GAP:
+                newest = time_ns
             offset = end
-        return segment.start + offset, total
+        return segment.start + offset, total, newest

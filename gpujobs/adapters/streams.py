@@ -29,7 +29,7 @@ from urllib.parse import quote
 from gpujobs.adapters.enginesocket import Answer, Backoff, Demultiplexer, NotFound, parse_host
 from gpujobs.adapters.logalign import INDEX_RECORDS, Aligner, Index, State, index
 from gpujobs.adapters.logfile import LogWriter
-from gpujobs.adapters.lognewlines import Newlines, ended_line
+from gpujobs.adapters.lognewlines import Newlines, ended_line, newline
 from gpujobs.logwire import LogRecord
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ _CAUGHT_UP = 1 << 20
 """A snapshot with less news than this has caught up with the writer."""
 _OVERLAP = 64 << 10
 _OVERLAP_MESSAGES = 4096
+_TURNS_AFTER_END = 10
+"""An ended container's log does not grow: two turns show that all is stored. More of them would write for ever."""
 _ALL_MESSAGES = 8_000_000
 
 
@@ -224,11 +226,13 @@ class _Follower:
     async def run(self) -> LogEnd:
         backoff = Backoff()
         told = ""
+        after_end = 0
         while True:
             try:
                 running = await self._running()
                 turn = await self._snapshot()
-                if not running and not turn.stored:
+                after_end += not running
+                if not running and (not turn.stored or after_end > _TURNS_AFTER_END):
                     self._doubts(turn)
                     await self._last_newlines()
                     return LogEnd(gone=False, gaps=self._gaps)
@@ -278,7 +282,7 @@ class _Follower:
         for stream, time_ns in doubtful:
             local = isinstance(self._address, str)
             if not local or ended_line(root, container, stream, time_ns) is not False:
-                self._log.append([LogRecord(time_ns, stream, b"\n")])
+                self._log.append([newline(stream, time_ns)])
 
     async def _snapshot(self) -> _Turn:
         """Reads everything there is beyond what is stored, without ``follow``: nothing is left out."""
@@ -290,7 +294,7 @@ class _Follower:
             if tail == 0 or turn.broken or turn.state not in (State.TOO_LATE, State.SEARCH):
                 break
             probe = tail, turn.first_ns
-            tail = _wider(probe, earlier, stored.newest_ns)
+            tail = _wider(probe, earlier, self._log.newest_ns)
             earlier = probe
         if turn.short:
             self._shorts += 1
@@ -322,8 +326,13 @@ class _Follower:
                 tail=tail or "all",
             )
             while True:
-                async with asyncio.timeout(None if follow else _SILENCE_SECONDS):
-                    data = await answer.receive()
+                try:
+                    async with asyncio.timeout(_SILENCE_SECONDS):
+                        data = await answer.receive()
+                except TimeoutError:
+                    if follow:  # nothing is written, or the Engine has forgotten us: the next turn shows which
+                        break
+                    raise
                 if not data:
                     break
                 records = demultiplexer.feed(data)
@@ -339,7 +348,7 @@ class _Follower:
                     self._newlines.load()
                 if aligner.lost:
                     aligner.lost = False
-                    self._lost(stored.newest_ns, fresh[0].time_ns)
+                    self._lost(self._log.newest_ns, fresh[0].time_ns)
                 turn.stored += self._store(fresh)
                 if aligner.state is State.TOO_LATE or demultiplexer.broken:
                     break
@@ -354,7 +363,7 @@ class _Follower:
         """Marks at a log's end that the Engine could not give what it should have."""
         if turn.broken:
             self._gap(f"gap: the Engine could not read the rest of its log: {turn.broken}")
-        elif turn.state is State.SEARCH:
+        elif turn.state is State.SEARCH or turn.stored:
             self._gap("gap: the Engine's log does not continue what is stored here: output may be missing")
 
     def _store(self, records: list[LogRecord]) -> int:

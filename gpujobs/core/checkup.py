@@ -65,6 +65,15 @@ def findings(facts: Facts) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: (AREAS.index(finding.area), WORST_FIRST.index(finding.level))))
 
 
+def is_served(facts: Facts) -> bool:
+    """Whether a server of root answers this account, which then needs no Engine of its own: as it should be."""
+    return facts.access.uid != 0 and facts.server.answer == "yes" and facts.server.uid == 0
+
+
+def _unseen(area: str, why: str, facts: Facts) -> Finding:
+    return Finding(area, Level.OK if is_served(facts) else Level.WARNING, f"not looked at: {why}")
+
+
 def _ok(area: str, message: str, hint: str = "") -> Finding:
     return Finding(area, Level.OK, message, hint)
 
@@ -83,7 +92,10 @@ def _error(area: str, message: str, hint: str = "") -> Finding:
 def _engine(facts: Facts) -> Iterator[Finding]:
     engine = facts.engine
     if engine is None:
-        yield _error("engine", facts.engine_problem, facts.engine_hint)
+        if is_served(facts):
+            yield _ok("engine", "it is not asked: this account uses the system's server and needs no access to Docker")
+        else:
+            yield _error("engine", facts.engine_problem, facts.engine_hint)
         return
     yield _ok("engine", f"Docker Engine {engine.version} (API {engine.api}) answers at {engine.host}")
     program = next((item for item in facts.programs if item.name == "dockerd"), Program(name="dockerd"))
@@ -131,7 +143,7 @@ def _engine(facts: Facts) -> Iterator[Finding]:
 def _runtime(facts: Facts) -> Iterator[Finding]:
     engine = facts.engine
     if engine is None:
-        yield _warning("runtime", "not looked at: only the Engine knows its runtimes")
+        yield _unseen("runtime", "only the Engine knows its runtimes", facts)
         return
     known = dict(engine.runtimes)
     if facts.runtime not in known:
@@ -336,7 +348,7 @@ def _devices(facts: Facts) -> Iterator[Finding]:
 def _cgroup(facts: Facts) -> Iterator[Finding]:
     engine = facts.engine
     if engine is None:
-        yield _warning("cgroup", "not looked at: only the Engine knows its cgroup driver")
+        yield _unseen("cgroup", "only the Engine knows its cgroup driver", facts)
         return
     told = f"cgroup version {engine.cgroup}, driver {engine.driver or 'not known'}"
     if engine.driver != "systemd":

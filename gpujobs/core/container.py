@@ -80,6 +80,7 @@ class Order:
         home: The container's HOME.
         log: The Engine's LogConfig.
         visible: What NVIDIA_VISIBLE_DEVICES is set to; ``void`` for none.
+        defaults: Environment that the server gives every job; the job file's wins.
         near: The CPUs it is bound to, those near its GPUs; empty for all.
         ceilings: Hard resource limits that the Engine cannot raise; the defaults stay below them.
     """
@@ -103,6 +104,7 @@ class Order:
     log: Mapping[str, Any] = field(default_factory=dict)
     ceilings: Mapping[str, int] = field(default_factory=dict)
     near: tuple[int, ...] = ()
+    defaults: tuple[tuple[str, str], ...] = ()
 
 
 def control_path(nonce: str) -> str:
@@ -160,6 +162,7 @@ def environment_of(order: Order) -> tuple[list[str], list[tuple[str, str]]]:
     given = {"HOME": order.home, "USER": owner.name, "LOGNAME": owner.name}
     if order.timezone:
         given["TZ"] = order.timezone
+    given.update(order.defaults)
     given.update(order.spec.environment)
     steering = [(name, value) for name, value in given.items() if _LOADER.fullmatch(name)]
     ours = {

@@ -203,7 +203,7 @@ def _check_directives(lines: list[str], file: str) -> None:
         name, value = directive[1].lower(), directive[2]
         if name == "syntax":
             raise _wrong(
-                file, number, f"`# syntax={value}` names a program to read this file, which is not run here: leave it out"
+                file, number, f"`# syntax={value}` names a program to read this file; it is not run here: leave it out"
             )
         if name == "escape" and value != "\\":
             raise _wrong(file, number, f"`# escape={value}` is not supported; end lines that go on with a backslash")

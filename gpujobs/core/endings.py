@@ -35,7 +35,19 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def ending_of(exit_code: int, *, oom: bool, memory: int, released: bool, stop: tuple[str, str] | None) -> Ending:
+_SENT_BY_ENGINE = frozenset({128 + signal.SIGKILL, 128 + signal.SIGTERM, 255})
+"""How containers end with their Engine: killed, or with 255 where it cannot tell how."""
+
+
+def ending_of(
+    exit_code: int,
+    *,
+    oom: bool,
+    memory: int,
+    released: bool,
+    stop: tuple[str, str] | None,
+    engine_was_away: bool = False,
+) -> Ending:
     """The ending that a container's last state tells of.
 
     Args:
@@ -44,6 +56,7 @@ def ending_of(exit_code: int, *, oom: bool, memory: int, released: bool, stop: t
         memory: That limit in bytes.
         released: Its program was let run.
         stop: The reason and sentence with which we ended it, if we did.
+        engine_was_away: It ended while the Engine was stopped or restarted.
     """
     if stop is not None:
         reason, message = stop
@@ -64,6 +77,9 @@ def ending_of(exit_code: int, *, oom: bool, memory: int, released: bool, stop: t
         )  # fmt: skip
     if not released:
         message = f"its program never ran: its container ended before it was released (exit {exit_code})"
+        return Ending(outcome="failed", reason="server", message=message)
+    if engine_was_away and exit_code in _SENT_BY_ENGINE:
+        message = f"exit {exit_code}: the Docker Engine was stopped or restarted, and its container ended with it"
         return Ending(outcome="failed", reason="server", message=message)
     if 0 < exit_code - 128 <= _LAST_SIGNAL:
         name = signal_name(exit_code - 128)

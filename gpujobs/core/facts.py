@@ -208,7 +208,6 @@ class Facts:
     toolkit_config: ConfigFile | None = None
     kernel_module: str = ""
     nodes: tuple[Node, ...] = ()
-    systemd: bool = False
     release: str = ""
     missing_calls: tuple[str, ...] = ()
     init: str = ""

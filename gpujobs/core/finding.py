@@ -42,7 +42,7 @@ class Report:
     """All findings, in the order in which they are shown.
 
     Attributes:
-        engine_answers: Whether the Docker Engine could be asked.
+        engine_answers: Whether the Docker Engine could be asked, or need not be by this account.
     """
 
     findings: tuple[Finding, ...]

@@ -38,7 +38,10 @@ STRINGS: Json = {"type": "array", "items": {"type": "string", "minLength": 1}}
 # ---------------------------------------------------------------------------------------------- names
 
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,127}")
-NAME_SCHEMA = templated({"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9_.=+-]{0,127}$"})
+NAME_SCHEMA = templated(
+    {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9_.=+-]{0,127}$"},
+    allowed="letters, digits and . _ - = +, beginning with a letter or digit",
+)
 
 
 def job_name(value: object) -> str:
@@ -65,7 +68,8 @@ IMAGE_SCHEMA = templated(
             r"[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?"
             r"(@sha256:[0-9a-f]{64})?)$"
         ),
-    }
+    },
+    allowed=_IMAGE_EXAMPLE,
 )
 
 
@@ -455,7 +459,7 @@ def absolute(value: object, what: str, example: str) -> str:
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
-ABSOLUTE_SCHEMA = templated({"type": "string", "pattern": "^/"})
+ABSOLUTE_SCHEMA = templated({"type": "string", "pattern": "^/"}, allowed="a path from the root, such as /workspace")
 
 
 def working_dir(value: object) -> str:

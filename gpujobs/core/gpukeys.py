@@ -88,6 +88,7 @@ def count(value: object) -> tuple[int, int]:
 COUNT_SCHEMA = templated(
     {"type": "integer", "minimum": 0, "maximum": GPUS_MAX},
     {"type": "string", "pattern": r"^\s*([0-9]|[1-9][0-9]{1,3})\s*(-\s*[1-9][0-9]{0,3}\s*)?$"},
+    allowed=_COUNT_EXAMPLE,
 )
 
 
@@ -138,7 +139,10 @@ def uuid(words: str) -> str:
     return words
 
 
-_UUID_STRING: Json = templated({"type": "string", "pattern": r"^(GPU|MIG)-[A-Za-z0-9][A-Za-z0-9/-]{0,95}$"})
+_UUID_STRING: Json = templated(
+    {"type": "string", "pattern": r"^(GPU|MIG)-[A-Za-z0-9][A-Za-z0-9/-]{0,95}$"},
+    allowed="GPU-… or MIG-…, as `gpujobs gpus` shows them",
+)
 UUID_SCHEMA: Json = {
     "anyOf": [_UUID_STRING, {"type": "array", "items": _UUID_STRING, "minItems": 1, "uniqueItems": True}]
 }
@@ -163,7 +167,10 @@ def capability(value: object) -> tuple[str, tuple[int, int]]:
     return match[1], (int(match[2]), int(match[3]))
 
 
-CAPABILITY_SCHEMA = templated({"type": "string", "pattern": r"^\s*(>=|<=|==|>|<)\s*[0-9]{1,2}\.[0-9]\s*$"})
+CAPABILITY_SCHEMA = templated(
+    {"type": "string", "pattern": r"^\s*(>=|<=|==|>|<)\s*[0-9]{1,2}\.[0-9]\s*$"},
+    allowed='an operator and a version, such as ">=8.0"',
+)
 
 
 def link(value: object) -> str:
@@ -185,7 +192,8 @@ MIG_SCHEMA = templated(
     {
         "type": "string",
         "pattern": r"^\s*([0-9][cC]\.)?[0-9][gG]\.[0-9]{1,3}[gG][bB]([+-][A-Za-z]+(\.[A-Za-z]+)*)*\s*$",
-    }
+    },
+    allowed="a profile such as 1g.10gb or 3g.20gb",
 )
 
 
@@ -235,8 +243,6 @@ def gpu_rules(value: Mapping[str, object]) -> list[Fault]:
     faults: list[Fault] = []
     if "mig" in value and "share" in value:
         faults.append(Fault(("share",), "a share of a MIG device cannot be had; keep mig or share", at_key=True))
-    if "model" in value and "share" in value:
-        faults.append(Fault(("share",), "a share cannot be asked by model; keep model or share", at_key=True))
     if "mig" in value and "link" in value and typed(value["link"]) != "any":
         faults.append(Fault(("link",), "MIG devices have no links; leave link out", at_key=True))
     low, high = value.get("count"), value.get("max_count")
@@ -265,7 +271,9 @@ def gpu_schema(inner: Json) -> Json:
     properties = inner["properties"]
     assert isinstance(properties, dict)
     properties = {key: item for key, item in properties.items() if key != "max_count"}
-    rules: list[Json] = [{"not": {"required": ["mig", "share"]}}, {"not": {"required": ["model", "share"]}}]
+    rules: list[Json] = [
+        {"if": {"required": ["mig"]}, "then": {"properties": {"share": False}, "errorMessage": "keep mig or share"}}
+    ]
     rules.append(
         {
             "if": {"required": ["mig"]},
@@ -274,7 +282,13 @@ def gpu_schema(inner: Json) -> Json:
     )
     rules.append(
         {
-            "if": {"properties": {"count": {"enum": [0, "0"]}}, "required": ["count"]},
+            "if": {
+                # Not an enum: editors would offer its values.
+                "properties": {
+                    "count": {"anyOf": [{"type": "integer", "maximum": 0}, {"type": "string", "pattern": "^0$"}]}
+                },
+                "required": ["count"],
+            },
             "then": {"maxProperties": 1},
         }
     )

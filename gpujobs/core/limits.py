@@ -184,4 +184,5 @@ def check_schema(inner: Json) -> Json:
     properties = {key: item for key, item in properties.items() if key != "shell"}
     without = {key: value for key, value in inner.items() if key != "required"}
     either = [{"required": ["test"]}, {"required": ["disable"], "properties": {"disable": {"const": True}}}]
-    return {**without, "properties": {**properties, "disable": {"type": "boolean"}}, "anyOf": either}
+    off: Json = {"type": "boolean", "description": "No check at all."}
+    return {**without, "properties": {**properties, "disable": off}, "anyOf": either}

@@ -199,7 +199,9 @@ def volumes(value: object, context: Context) -> tuple[RawVolume, ...]:
 
 
 _NEVER = r"(?!/+(proc|sys|dev|\.gpujobs|etc/(passwd|group)|(var/)?run/nvidia-container-devices)(/|:|$))(?!/+(:|$))"
-_TARGET_SCHEMA = templated({"type": "string", "pattern": f"^{_NEVER}/"})
+_TARGET_SCHEMA = templated(
+    {"type": "string", "pattern": f"^{_NEVER}/"}, allowed="a path from the root where something can be mounted"
+)
 VOLUMES_SCHEMA: Json = {
     "type": "array",
     "items": {
@@ -209,7 +211,8 @@ VOLUMES_SCHEMA: Json = {
                     "type": "string",
                     "pattern": rf"^(~|~/[^:]*|[^:~][^:]*):{_NEVER}/[^:]*(:(ro|rw))?$",
                     "not": {"pattern": r"^([A-Za-z0-9][^:/]*/|:)"},
-                }
+                },
+                allowed="source:target, such as ~/data:/data:ro or .:/workspace",
             ),
             {
                 "type": "object",
@@ -352,6 +355,7 @@ PORTS_SCHEMA: Json = {
                     + "$",
                     "not": {"pattern": rf"(^|[:-])({_TOO_HIGH})(-|:|/|$)"},
                 },
+                allowed=_PORT_EXAMPLE,
             ),
             {
                 "type": "object",

@@ -37,7 +37,7 @@ class Plan:
 
 def plan(
     spec: JobSpec, owner: Owner, image: Image, view: View, *, runtime: str = "nvidia",
-    ceilings: Mapping[str, int] | None = None,
+    ceilings: Mapping[str, int] | None = None, defaults: tuple[tuple[str, str], ...] = (),
 ) -> Plan:  # fmt: skip
     """Place a job on the machine as it is.
 
@@ -67,7 +67,7 @@ def plan(
     order = Order(
         server="", job=JobId(0), attempt=1, nonce="", owner=owner, spec=spec, allocation=allocation, image=image,
         control="", home=home, runtime=runtime, visible=",".join(outcome.uuids) or "void", mounts=mounts, tmpfs=tmpfs,
-        ceilings=ceilings or {}, near=cpus_near(chosen, shape.cpus, int(view.host.cpus)),
+        ceilings=ceilings or {}, near=cpus_near(chosen, shape.cpus, int(view.host.cpus)), defaults=defaults,
     )  # fmt: skip
     warning = needs_newer_driver(image, view.inventory) if outcome.uuids else None
     return Plan(gpus=outcome.uuids, reasons=outcome.choices, starts=True, message=warning or "", order=order)

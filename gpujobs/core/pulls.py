@@ -89,8 +89,8 @@ class Layers:
         part = sum(layer.part * weight for layer, weight in zip(layers, weights, strict=True)) / sum(weights)
         self._most = max(self._most, part)
         there, count = sum(layer.done for layer in layers), len(layers)
-        layers_word = "layer" if count == 1 else "layers"
-        return Progress(layers, f"pulling {self._reference}: {there} of {count} {layers_word}, {self._most:.0%}".replace("%", " %"))
+        words = f"{there} of {count} layer{'s' * (count != 1)}, {int(100 * self._most)} %"
+        return Progress(layers, f"pulling {self._reference}: {words}")
 
 
 def registry_of(reference: str) -> str:
@@ -182,8 +182,7 @@ _REFUSALS: tuple[tuple[re.Pattern[str], type[GpujobsError], str, str], ...] = tu
             "Use one that is built for this machine's.",
         ),
         (
-            r"i/o timeout|Client\.Timeout|deadline exceeded|network is unreachable|no route to host|TLS handshake timeout"
-            r"|connection reset|unexpected EOF|proxyconnect|\bEOF\b",
+            r"time-?out|deadline exceeded|unreachable|no route to host|connection reset|proxyconnect|\bEOF\b",
             Unavailable,
             "the registry {registry} of the image {image} cannot be reached from here",
             "Check the network and the Engine's proxy settings. " + _HINT_LOCAL,

@@ -84,7 +84,7 @@ class GpuRequest:
         int | None,
         Form(
             gpukeys.gpu_memory,
-            size_schema(gpukeys.GPU_MEMORY_LEAST),
+            size_schema(gpukeys.GPU_MEMORY_LEAST, "40GB"),
             "The least memory of each, such as 40GB.",
         ),
     ] = None
@@ -105,7 +105,7 @@ class GpuRequest:
         int | None,
         Form(
             gpukeys.gpu_memory,
-            size_schema(gpukeys.GPU_MEMORY_LEAST),
+            size_schema(gpukeys.GPU_MEMORY_LEAST, "40GB"),
             "Part of one GPU's memory, such as 10GB.",
         ),
     ] = None
@@ -165,15 +165,33 @@ class Build:
 
     context: Annotated[
         str,
-        ContextForm(builds.build_context, {"type": "string", "minLength": 1, "not": {"pattern": "://|^git@"}}),
+        ContextForm(
+            builds.build_context,
+            {"type": "string", "minLength": 1, "not": {"pattern": "://|^git@"}},
+            "The directory to build from, such as . for the file's own.",
+        ),
     ]
     dockerfile: Annotated[
-        str, Form(builds.dockerfile, templated({"type": "string", "pattern": r"^(?!/|\.\.(/|$))."}))
+        str,
+        Form(
+            builds.dockerfile,
+            templated({"type": "string", "pattern": r"^(?!/|\.\.(/|$))."}, allowed="a path inside the context"),
+            "The Dockerfile's path within the context.",
+        ),
     ] = "Dockerfile"
-    args: Annotated[tuple[tuple[str, str], ...], ContextForm(builds.build_args, forms.ENVIRONMENT_SCHEMA)] = ()
-    target: Annotated[str | None, Form(builds.stage, {"type": "string", "minLength": 1})] = None
-    labels: Annotated[tuple[tuple[str, str], ...], Form(forms.labels, forms.LABELS_SCHEMA)] = ()
-    no_cache: Annotated[bool, Form(boolean, templated({"type": "boolean"}))] = False
+    args: Annotated[
+        tuple[tuple[str, str], ...],
+        ContextForm(builds.build_args, forms.ENVIRONMENT_SCHEMA, "Values for the Dockerfile's ARG lines."),
+    ] = ()
+    target: Annotated[
+        str | None, Form(builds.stage, {"type": "string", "minLength": 1}, "The stage to build; else the last.")
+    ] = None
+    labels: Annotated[
+        tuple[tuple[str, str], ...], Form(forms.labels, forms.LABELS_SCHEMA, "Labels of the image.")
+    ] = ()
+    no_cache: Annotated[
+        bool, Form(boolean, templated({"type": "boolean"}), "Builds every layer again.")
+    ] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,12 +203,27 @@ class Healthcheck:
 
     __pydantic_config__: ClassVar[dict[str, object]] = STRICT
 
-    test: Annotated[tuple[str, ...], Form(limits.check_words, limits.CHECK_SCHEMA)]
+    test: Annotated[
+        tuple[str, ...],
+        Form(
+            limits.check_words,
+            limits.CHECK_SCHEMA,
+            "A text for the shell, or [CMD, program, …]: well when it ends with 0.",
+        ),
+    ]
     shell: Annotated[bool, _hidden("write test: as a text for the shell")] = False
-    interval: Annotated[float, Form(limits.check_interval, duration_schema(1, 86400))] = 30.0
-    timeout: Annotated[float, Form(limits.check_interval, duration_schema(1, 86400))] = 30.0
-    retries: Annotated[int, Form(limits.check_retries, integer_schema(1, 1000))] = 3
-    start_period: Annotated[float, Form(limits.start_period, duration_schema(0, 86400))] = 0.0
+    interval: Annotated[
+        float, Form(limits.check_interval, duration_schema(1, 86400), "Time between checks, such as 30s.")
+    ] = 30.0
+    timeout: Annotated[
+        float, Form(limits.check_interval, duration_schema(1, 86400), "A check that takes longer has failed.")
+    ] = 30.0
+    retries: Annotated[
+        int, Form(limits.check_retries, integer_schema(1, 1000), "So many failures in a row mean unhealthy.")
+    ] = 3
+    start_period: Annotated[
+        float, Form(limits.start_period, duration_schema(0, 86400), "Failures in this time do not count.")
+    ] = 0.0
 
 
 # ---------------------------------------------------------------------------------------------- the job
@@ -216,7 +249,12 @@ def _grace(value: object) -> float:
     return duration(value, 0, GRACE_MAX, "30s")
 
 
-def _volumes(value: object, context: Context) -> tuple[Volume, ...]:
+def volumes_of(value: object, context: Context) -> tuple[Volume, ...]:
+    """Mounts in Compose's short and long forms.
+
+    Raises:
+        SpecError: With every mistake.
+    """
     return tuple(
         Volume(type=kind, source=source, target=target, read_only=read_only, size=amount)
         for kind, source, target, read_only, amount in mounts.volumes(value, context)
@@ -277,7 +315,7 @@ class JobSpec:
     ] = ()
     volumes: Annotated[
         tuple[Volume, ...],
-        ContextForm(_volumes, mounts.VOLUMES_SCHEMA, "Mounts, such as ~/data:/data:ro or .:/workspace."),
+        ContextForm(volumes_of, mounts.VOLUMES_SCHEMA, "Mounts, such as ~/data:/data:ro or .:/workspace."),
     ] = ()
     working_dir: Annotated[
         str | None,
@@ -299,6 +337,7 @@ class JobSpec:
             templated(
                 {"type": "number", "minimum": 0.01, "maximum": CPUS_MAX},
                 {"type": "string", "pattern": r"^\s*(0|[1-9][0-9]*)?(\.[0-9]+)?\s*$", "minLength": 1},
+                allowed="a number above 0, such as 8 or 0.5",
             ),
             "CPUs, such as 8 or 0.5.",
         ),
@@ -478,8 +517,9 @@ def _file_schema(inner: Json) -> Json:
     every = inner["properties"]
     assert isinstance(every, dict)
     properties = {key: item for key, item in every.items() if key in SUPPORTED}
-    return {**inner, "properties": properties, "oneOf": [{"required": ["image"]}, {"required": ["build"]}],
-            "patternProperties": {"^x-": {}}}  # fmt: skip
+    both: Json = {"properties": {"build": False}, "errorMessage": "both image and build are given; keep one"}
+    return {**inner, "properties": properties, "anyOf": [{"required": ["image"]}, {"required": ["build"]}],
+            "if": {"required": ["image"]}, "then": both, "patternProperties": {"^x-": {}}}  # fmt: skip
 
 
 AnyJobFile = Annotated[JobFile, Around(_file_forms, _file_rules, _file_schema)]

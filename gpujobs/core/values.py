@@ -153,9 +153,16 @@ TEMPLATE: Json = {"type": "string", "pattern": r"\$(\{|[A-Za-z_])|\{\{"}
 """In an editor a text with a variable or a matrix name may stand for any value: the parser alone sees it."""
 
 
-def templated(*schemas: Json) -> Json:
-    """Any of the schemas, or a text that is replaced before it is read."""
-    return {"anyOf": [*schemas, TEMPLATE]}
+def templated(*schemas: Json, allowed: str = "") -> Json:
+    """Any of the schemas, or a text that is replaced before it is read.
+
+    Args:
+        schemas: What the value may be.
+        allowed: What to write, in words: editors show them, as ``errorMessage`` of the YAML language server,
+            instead of the pattern that did not match.
+    """
+    said: Json = {"errorMessage": f"write {allowed}"} if allowed else {}
+    return {"anyOf": [{**schema, **said} for schema in (*schemas, TEMPLATE)]}
 
 
 # ---------------------------------------------------------------------------------------------- words
@@ -360,11 +367,12 @@ def amount(count: int) -> str:
     return f"{count} bytes"
 
 
-def size_schema(least: int) -> Json:
+def size_schema(least: int, example: str = "64g or 512m") -> Json:
     """Schema of :func:`size`."""
     return templated(
         {"type": "integer", "minimum": least, "maximum": SIZE_MAX},
         {"type": "string", "pattern": r"^\s*[0-9]{1,20}(\.[0-9]{1,10})?\s*([kKmMgGtTpPeE][iI]?[bB]?|[bB])\s*$"},
+        allowed=f"a number and a unit, such as {example}",
     )
 
 
@@ -423,4 +431,5 @@ def duration_schema(least: float, most: float = DURATION_MAX) -> Json:
         {"type": "integer", "minimum": math.ceil(least), "maximum": int(most)},
         {"type": "string", "pattern": pattern},
         {"type": "string", "pattern": r"^\s*[0-9]{1,12}\s*$"},
+        allowed="a number and a unit, such as 12h, 90m or 30s",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpujobs.adapters import devices
-from gpujobs.adapters.engine import Conflict, EngineError, Gone
+from gpujobs.adapters.engine import Conflict, EngineAway, EngineError, Gone
 from gpujobs.adapters.logfile import LogWriter
 from gpujobs.adapters.mounts import MountHeld
 from gpujobs.adapters.streams import LOG_CONFIG, follow_log
@@ -43,6 +44,8 @@ from gpujobs.service.faults import fault
 
 if TYPE_CHECKING:
     from gpujobs.service.loop import Service
+
+logger = logging.getLogger("gpujobs")
 
 HOLD_SECONDS = 30.0
 """How long to wait before asking a file server again that did not answer."""
@@ -82,6 +85,7 @@ class Attempt:
         self._recorded_image: str = row["image"]
         self.gone = asyncio.Event()  # the container has ended, or is not there any more
         self.started = asyncio.Event()  # it is past the point where starts are ordered
+        self.engine_was_away = False  # when it had ended, as this server saw it
         self._service = service
         self._job = job
         self._before = before
@@ -107,17 +111,9 @@ class Attempt:
     async def run(self) -> None:
         """Go through all steps that are left, and record the end."""
         try:
-            try:
-                await self._start()
-                ending, code = await self._until_end()
-            except Failed as failure:
-                ending, code = failure.ending, None
-            except StopAsked:
-                ending, code = ending_of(0, oom=False, memory=0, released=False, stop=self._stop), None
-            except (EngineError, GpujobsError) as error:
-                ending, code = Ending(outcome="failed", reason="server", message=str(error)), None
+            ending, code = await self._through()
             if code is None:
-                await self._discard()
+                await self._signal("SIGKILL")  # its program never ran; what the init said is kept
             self.started.set()
             fault("container-ended")
             await self._service.end(self.job_id, ending, code)
@@ -133,6 +129,21 @@ class Attempt:
             if self._gate >= 0:
                 os.close(self._gate)
         await self._service.mounts_gone(self.name)
+
+    async def _through(self) -> tuple[Ending, int | None]:
+        """All steps to the end, again from the first whenever the Engine went away: each may be repeated."""
+        while True:
+            try:
+                await self._start()
+                return await self._until_end()
+            except Failed as failure:
+                return failure.ending, None
+            except StopAsked:
+                return ending_of(0, oom=False, memory=0, released=False, stop=self._stop), None
+            except EngineAway:
+                await self._service.engine_returns(self.job_id)
+            except (EngineError, GpujobsError) as error:
+                return Ending(outcome="failed", reason="server", message=str(error)), None
 
     # -- the steps ---------------------------------------------------------------------------------------------
 
@@ -224,6 +235,7 @@ class Attempt:
             if v.type == "tmpfs"
         }
         taken = {mount.target for mount in mounts} | set(tmpfs)
+        mounts += await self._shared(taken)
         if home not in taken:
             mount = await self._home(home)
             if mount is None:
@@ -236,6 +248,7 @@ class Attempt:
             runtime=service.settings.runtime, mounts=tuple(mounts), tmpfs=tmpfs, log=LOG_CONFIG,
             visible="void" if service.inventory.simulated else ",".join(self.allocation.gpus) or "void",
             timezone=service.timezone, ceilings=service.ceilings, near=service.near(self.allocation),
+            defaults=service.settings.environment,
         )  # fmt: skip
         names = await service.directory.lookup(lambda: group_names(owner))
         self._write_control(order, passwd_file(owner, home), group_file(owner, names))
@@ -253,6 +266,19 @@ class Attempt:
             else:
                 ours = read_only and not self._service.mounts.read_only_itself
                 return Mount(source=str(pin.path), target=target, read_only=ours)
+
+    async def _shared(self, taken: set[str]) -> list[Mount]:
+        """The mounts that the settings give every job, those that its owner can open and the file does not replace."""
+        found = []
+        for position, volume in enumerate(self._service.settings.volumes):
+            if volume.target in taken:
+                continue
+            name = f"{self.name}-shared{position}"
+            try:
+                found.append(await self._pin(volume.source, volume.target, volume.read_only, name))
+            except Failed as failure:
+                logger.info("%s: %s is left out: %s", self.name, volume.source, failure)
+        return found
 
     async def _make_directory(self, path: str) -> None:
         try:
@@ -388,32 +414,46 @@ class Attempt:
         assert self.container is not None
         stopper = asyncio.create_task(self._stop_when_asked(), name=f"stop {self.name}")
         try:
-            await self.gone.wait()
+            state = await self._end_state()
         finally:
             stopper.cancel()
-        try:
-            state = (await self._service.engine.inspect(self.container))["State"]
-        except Gone:
-            raise Failed("server", f"its container {self.name} was removed by someone else") from None
         code = int(state["ExitCode"])
         ending = ending_of(
-            code, oom=bool(state.get("OOMKilled")), memory=self.allocation.memory, released=self._released, stop=self._stop
-        )
+            code, oom=bool(state.get("OOMKilled")), memory=self.allocation.memory, released=self._released,
+            stop=self._stop, engine_was_away=self.engine_was_away,
+        )  # fmt: skip
         return ending, code
+
+    async def _end_state(self) -> dict[str, Any]:
+        """The Engine's account of the container, once it says that it has ended: events are hints."""
+        assert self.container is not None
+        while True:
+            await self.gone.wait()
+            self.gone.clear()
+            try:
+                state = (await self._service.engine.inspect(self.container))["State"]
+            except Gone:
+                raise Failed("server", f"its container {self.name} was removed by someone else") from None
+            if not state["Running"]:
+                return dict(state)
 
     async def _stop_when_asked(self) -> None:
         await self._stopping.wait()
-        assert self.container is not None
-        engine, spec = self._service.engine, self._job.spec
-        await engine.kill(self.container, spec.stop_signal or "SIGTERM")
-        await asyncio.sleep(spec.stop_grace_period)
-        await engine.kill(self.container, "SIGKILL")
+        await self._signal(self._job.spec.stop_signal or "SIGTERM")
+        await asyncio.sleep(self._job.spec.stop_grace_period)
+        await self._signal("SIGKILL")
 
-    async def _discard(self) -> None:
-        """The program never ran: keep what the init said, remove the container."""
-        if self.container is None:
+    async def _signal(self, signal: str) -> None:
+        """Send the container a signal, where there is one, as soon as the Engine answers."""
+        while self.container is not None:
+            try:
+                await self._service.engine.kill(self.container, signal)
+            except EngineAway:
+                await self._service.engine_returns(self.job_id)
+                continue
+            except EngineError as error:
+                logger.warning("%s did not get %s: %s", self.name, signal, error)
             return
-        await self._service.engine.kill(self.container, "SIGKILL")
 
 
 def remove_control(directory: Path) -> None:

@@ -82,13 +82,12 @@ class Sources:
     devices: Path = Path("/dev")
     kernel_module: Path = Path("/proc/driver/nvidia/version")
     documentation: Path = Path("/usr/share/doc")
-    systemd: Path = Path("/run/systemd/system")
 
 
 def examine(environ: Mapping[str, str] | None = None, sources: Sources | None = None) -> Report:
     """Look at the machine and say what was found."""
     facts = gather(os.environ if environ is None else environ, sources or Sources())
-    return Report(checkup.findings(facts), engine_answers=facts.engine is not None)
+    return Report(checkup.findings(facts), engine_answers=facts.engine is not None or checkup.is_served(facts))
 
 
 def gather(environ: Mapping[str, str], sources: Sources) -> Facts:
@@ -111,7 +110,6 @@ def gather(environ: Mapping[str, str], sources: Sources) -> Facts:
         toolkit_config=_toolkit_config(configuration_file),
         kernel_module=_kernel_module(sources.kernel_module),
         nodes=_nodes(sources.devices),
-        systemd=sources.systemd.is_dir(),
         release=os.uname().release,
         missing_calls=_missing_calls(),
         init=_init(),

@@ -21,13 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpujobs.adapters.engine import Engine, Gone, seen_of
+from gpujobs.adapters.engine import Engine, EngineError, Gone, seen_of
 from gpujobs.adapters.logfile import LogWriter
 from gpujobs.adapters.mounts import MountSource
 from gpujobs.adapters.store import Ledger, Store
 from gpujobs.adapters.streams import Disconnected, EngineEvent, Reconnected, engine_events, follow_log
 from gpujobs.core import job as jobs
-from gpujobs.core.container import Image, cpus_near
+from gpujobs.core.container import Image, container_name, cpus_near
 from gpujobs.core.decide import Host, Policy, Start, Stop, View, check_possible, decide, next_deadline, shape_of
 from gpujobs.core.diagnose import command_hint, diagnose
 from gpujobs.core.endings import Ending
@@ -59,6 +59,9 @@ DIAGNOSED_BYTES = 64 * 1024
 
 XID_EVENTS = 64
 """XID errors taken note of before each look at the GPUs."""
+
+ENGINE_AGAIN_SECONDS = 1.0
+"""Between tries of what the Engine did not answer."""
 
 NVML_SECONDS = 15.0
 FRESH_SECONDS = 1.0
@@ -111,6 +114,8 @@ class Service:
         self._notes: dict[JobId, str] = {}
         self._writing = asyncio.Lock()
         self._woken = asyncio.Event()
+        self._engine_answers = asyncio.Event()
+        self._engine_answers.set()
         self._watchers: dict[int, set[asyncio.Event]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._nvml = ThreadPoolExecutor(1, thread_name_prefix="nvml")
@@ -126,10 +131,12 @@ class Service:
         await self.look(force=True)
         for job in await self.store.read(lambda ledger: ledger.active()):
             self._apply(job)
+        since = self.clock.now()  # what happens from now on is told by events: nothing between the two is missed
         await self._reconcile()
+        await self._drop_pins()
         for row in await self.store.read(lambda ledger: ledger.open_logs()):
             self._spawn(self._finish_log(row), "log of an ended attempt")
-        self._spawn(self._watch_engine(), "engine events")
+        self._spawn(self._watch_engine(since), "engine events")
         self._spawn(self._tidy(), "tidy")
         self.wake()
 
@@ -500,8 +507,11 @@ class Service:
             image = await self.engine.image(reference) if spec.image else Image(id="", reference=reference)
         except Gone:
             image = Image(id="", reference=reference)
-        settings = self.settings
-        return as_row(plan(spec, owner, image, self.view(), runtime=settings.runtime, ceilings=self.ceilings))
+        found = plan(
+            spec, owner, image, self.view(), runtime=self.settings.runtime, ceilings=self.ceilings,
+            defaults=self.settings.environment,
+        )  # fmt: skip
+        return as_row(found)
 
     async def stop(self, job_id: JobId, reason: str, message: str) -> Job:
         """End a job, waiting or active; answered once that is recorded."""
@@ -612,15 +622,36 @@ class Service:
 
     # -- the Engine --------------------------------------------------------------------------------------------
 
-    async def _watch_engine(self) -> None:
-        async for event in engine_events(self.engine.host, self.clock.now(), {"type": ["container"]}):
+    async def _watch_engine(self, since: float) -> None:
+        async for event in engine_events(self.engine.host, since, {"type": ["container"]}):
             if isinstance(event, EngineEvent):
                 await self._engine_event(event)
             elif isinstance(event, Reconnected):
-                await self._reconcile()
-                self.wake()
+                await self._engine_is_back()
             elif isinstance(event, Disconnected):
+                self._engine_answers.clear()
                 logger.warning("the Engine does not answer: %s", event.reason)
+
+    async def _engine_is_back(self) -> None:
+        """Look what became of everything; the Engine may go again meanwhile."""
+        while True:
+            try:
+                await self._reconcile(after_absence=True)
+            except (EngineError, GpujobsError) as error:
+                logger.warning("the Engine answers, but not to everything: %s", error)
+                await asyncio.sleep(ENGINE_AGAIN_SECONDS)
+            else:
+                break
+        logger.info("the Engine answers again")
+        self._engine_answers.set()
+        self.wake()
+
+    async def engine_returns(self, job_id: JobId) -> None:
+        """Wait, as long as it takes, until the Engine answers and what it holds has been looked at."""
+        self._notes[job_id] = "the Docker Engine does not answer; it goes on when it does"
+        await asyncio.sleep(ENGINE_AGAIN_SECONDS)
+        await self._engine_answers.wait()
+        self._notes.pop(job_id, None)
 
     async def _engine_event(self, event: EngineEvent) -> None:
         job_id = self._by_container.get(event.id)
@@ -635,7 +666,11 @@ class Service:
                 seen = seen_of(await self.engine.inspect(event.id))
             except Gone:
                 return
-            if seen.id not in self._by_container and seen.labels.get("gpujobs.server") != self.id:
+            except (EngineError, GpujobsError) as error:
+                logger.warning("container %s was not looked at: %s", event.id[:12], error)
+                return
+            # By its name, which is the Engine's to give once: labels can be anybody's.
+            if seen.id not in self._by_container and seen.name not in {a.name for a in self._attempts.values()}:
                 self._strange[seen.id] = seen
         elif event.action in ("die", "destroy"):
             if event.action == "destroy":
@@ -644,10 +679,15 @@ class Service:
                 self._strange[event.id] = replace(known, state="exited")
             self.wake()
 
-    async def _reconcile(self) -> None:
-        """Compare ledger and Engine and act on every difference, by the table of core.reconcile."""
-        seen = await self.engine.containers()
+    async def _reconcile(self, *, after_absence: bool = False) -> None:
+        """Compare ledger and Engine and act on every difference, by the table of core.reconcile.
+
+        Args:
+            after_absence: The Engine was away while this server ran.
+        """
+        # The ledger first: a container that is made meanwhile is not missed by who looks at the Engine later.
         rows = await self.store.read(lambda ledger: ledger.kept())
+        seen = await self.engine.containers()
         recorded = [
             Recorded(
                 job=JobId.of_key(row["number"], row["idx"]), attempt=row["attempt"], name=row["name"], nonce=row["nonce"],
@@ -659,9 +699,13 @@ class Service:
         ours = {row["name"] for row in rows}
         self._strange = {c.id: c for c in seen if c.name not in ours}
         for action in reconcile(self.id, recorded, seen):
+            if isinstance(action, Adopt) and after_absence and (attempt := self._attempts.get(action.job)) is not None:
+                attempt.engine_was_away = True
             await self._settle(action, by_job, {c.id: c for c in seen})
 
     async def _settle(self, action: Action, rows: dict[JobId, dict[str, Any]], seen: dict[str, Seen]) -> None:
+        if isinstance(action, Resume | Adopt | Lost) and action.job not in self._jobs:
+            return  # it has ended since the ledger was read
         if isinstance(action, Resume | Adopt):
             row = dict(rows[action.job])
             if isinstance(action, Adopt):
@@ -677,6 +721,7 @@ class Service:
                 self._attempts[action.job] = Attempt(self, self._jobs[action.job], row, None)
                 await self.end(action.job, Ending(outcome="failed", reason="server", message=action.message), None)
         elif isinstance(action, Forget):
+            remove_control(self.paths.attempts / container_name(self.id, action.job, action.attempt))
             await self.store.change(
                 lambda ledger: ledger.on_attempt("set_removed", action.job, action.attempt)
             )
@@ -690,6 +735,13 @@ class Service:
         """An attempt's container has ended: its pins go."""
         for pin in self.mounts.list():
             if pin.startswith(f"{name}-"):
+                await self.mounts.unpin(pin)
+
+    async def _drop_pins(self) -> None:
+        """Remove the pins that a former run of this server left of attempts that have ended."""
+        kept = tuple(f"{attempt.name}-" for attempt in self._attempts.values())
+        for pin in self.mounts.list():
+            if pin.startswith(f"gpujobs-{self.id}-") and not pin.startswith(kept):
                 await self.mounts.unpin(pin)
 
     async def _tidy(self) -> None:
@@ -710,7 +762,7 @@ class Service:
             fault("container-removed")
             remove_control(self.paths.attempts / row["name"])
             await self.store.change(lambda ledger: ledger.on_attempt("set_removed", job_id, row["attempt"]))
-        except GpujobsError as error:
+        except (EngineError, GpujobsError) as error:
             logger.warning("container %s was not removed: %s", row["name"], error)
             return
         if row["container"] is not None:

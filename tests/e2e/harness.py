@@ -32,7 +32,7 @@ HOSTILE = "gpujobs-lab/hostile:1"
 ENDED = ("succeeded", "failed", "cancelled")
 
 
-def wait_for(what: Callable[[], T | None], why: str, timeout: float = 30.0) -> T:
+def wait_for(what: Callable[[], T | None], why: str | Callable[[], str], timeout: float = 30.0) -> T:
     """Ask until the answer is something, and return it; fails with ``why`` when the time is over."""
     deadline = time.monotonic() + timeout
     while not (found := what()):
@@ -239,10 +239,10 @@ class Server:
 
     def ended(self, job: str, timeout: float = 60.0) -> Row:
         """Wait for a job's end, and until its log is stored."""
-        self.cli("wait", job, timeout=timeout)
         return wait_for(
             lambda: row if (row := self.job(job))["state"] in ENDED and _complete(row) else None,
-            f"job {job} and its log have ended",
+            lambda: f"job {job} and its log have ended: {self.job(job)}",
+            timeout,
         )
 
 

@@ -35,7 +35,12 @@ from gpujobs.core.spec import GpuRequest, Healthcheck, JobSpec, Port, Ulimit
 from tests.unit.values import GIB, owner, specs
 
 IMAGE = Image(
-    id="sha256:1234", reference="busybox", entrypoint=("/entry",), command=("serve",), environment=("PATH=/bin",), working_dir="/srv"
+    id="sha256:1234",
+    reference="busybox",
+    entrypoint=("/entry",),
+    command=("serve",),
+    environment=("PATH=/bin",),
+    working_dir="/srv",
 )
 HELD = Allocation(gpus=("GPU-a", "GPU-b"), cpus=2.5, memory=8 * GIB)
 
@@ -46,9 +51,18 @@ def spec(**more: object) -> JobSpec:
 
 def order(**more: object) -> Order:
     given = {
-        "server": "5e4ae7f0", "job": JobId(12, 3), "attempt": 2, "nonce": "n0nce", "owner": owner(), "spec": spec(),
-        "allocation": HELD, "image": IMAGE, "control": "/state/attempts/x", "home": "/home/ada", "visible": "GPU-a,GPU-b",
-    }  # fmt: skip
+        "server": "5e4ae7f0",
+        "job": JobId(12, 3),
+        "attempt": 2,
+        "nonce": "n0nce",
+        "owner": owner(),
+        "spec": spec(),
+        "allocation": HELD,
+        "image": IMAGE,
+        "control": "/state/attempts/x",
+        "home": "/home/ada",
+        "visible": "GPU-a,GPU-b",
+    }
     return Order(**{**given, **more})  # type: ignore[arg-type]
 
 
@@ -156,8 +170,11 @@ def test_bytes_that_are_no_text_pass_through_the_control_file_unchanged() -> Non
 def test_the_passwd_file_names_the_owner_and_the_group_file_its_groups() -> None:
     assert b"ada:x:5001:5001:ada:/inside:/bin/sh\n" in passwd_file(owner(), "/inside")
     assert group_file(owner(), [(5001, "ada"), (44, "video"), (0, "root")]).decode().splitlines() == [
-        "root:x:0:", "nogroup:x:65534:", "ada:x:5001:ada", "video:x:44:ada",
-    ]  # fmt: skip
+        "root:x:0:",
+        "nogroup:x:65534:",
+        "ada:x:5001:ada",
+        "video:x:44:ada",
+    ]
 
 
 # -- GPUs -----------------------------------------------------------------------------------------------------
@@ -191,13 +208,31 @@ def test_every_way_round_the_variable_is_closed() -> None:
 
 
 def test_the_variables_of_an_image_that_steer_runtime_and_loader_are_taken_away() -> None:
-    image = replace(IMAGE, environment=(
-        "PATH=/bin", "NVIDIA_REQUIRE_CUDA=cuda>=12.4", "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_MIG_CONFIG_DEVICES=all", "LD_PRELOAD=/x",
-        "LD_LIBRARY_PATH=/usr/local/cuda/lib64", "GLIBC_TUNABLES=x", "GCONV_PATH=/x", "GPUJOBS_JOB_ID=1", "CUDA_VERSION=12.4", "LDX=1",
-    ))  # fmt: skip
+    image = replace(
+        IMAGE,
+        environment=(
+            "PATH=/bin",
+            "NVIDIA_REQUIRE_CUDA=cuda>=12.4",
+            "NVIDIA_VISIBLE_DEVICES=all",
+            "NVIDIA_MIG_CONFIG_DEVICES=all",
+            "LD_PRELOAD=/x",
+            "LD_LIBRARY_PATH=/usr/local/cuda/lib64",
+            "GLIBC_TUNABLES=x",
+            "GCONV_PATH=/x",
+            "GPUJOBS_JOB_ID=1",
+            "CUDA_VERSION=12.4",
+            "LDX=1",
+        ),
+    )
     one = order(image=image)
-    assert dropped(one) == ["GCONV_PATH", "GLIBC_TUNABLES", "LD_LIBRARY_PATH", "LD_PRELOAD", "NVIDIA_MIG_CONFIG_DEVICES",
-                            "NVIDIA_REQUIRE_CUDA"]  # fmt: skip
+    assert dropped(one) == [
+        "GCONV_PATH",
+        "GLIBC_TUNABLES",
+        "LD_LIBRARY_PATH",
+        "LD_PRELOAD",
+        "NVIDIA_MIG_CONFIG_DEVICES",
+        "NVIDIA_REQUIRE_CUDA",
+    ]
     assert variables(one)["NVIDIA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
     assert variables(one)["GPUJOBS_JOB_ID"] == "12_3"
 
@@ -214,12 +249,29 @@ def test_whatever_a_file_says_the_request_gives_no_privilege_and_no_device(any_s
     found = create_request(order(spec=any_spec))
     inside = found["HostConfig"]
     assert (inside["Privileged"], inside["CapDrop"], inside["CapAdd"], inside["Devices"], inside["DeviceRequests"]) == (
-        False, ["ALL"], [], [], [],
-    )  # fmt: skip
+        False,
+        ["ALL"],
+        [],
+        [],
+        [],
+    )
     assert (found["User"], inside["IpcMode"], inside["NetworkMode"], inside["RestartPolicy"]) == (
-        "5001:5001", "private", "bridge", {"Name": "no"},
-    )  # fmt: skip
-    assert not {"Binds", "VolumesFrom", "PidMode", "UTSMode", "UsernsMode", "CgroupParent", "Links", "Sysctls", "Dns"} & set(inside)
+        "5001:5001",
+        "private",
+        "bridge",
+        {"Name": "no"},
+    )
+    assert not {
+        "Binds",
+        "VolumesFrom",
+        "PidMode",
+        "UTSMode",
+        "UsernsMode",
+        "CgroupParent",
+        "Links",
+        "Sysctls",
+        "Dns",
+    } & set(inside)
     assert found["Entrypoint"][0] == f"{control_path('n0nce')}/init"
 
 
@@ -234,7 +286,9 @@ def test_the_program_is_told_which_job_it_is_and_where_its_checkpoints_go() -> N
 
 
 def test_all_attempts_of_a_job_share_their_checkpoints() -> None:
-    assert variables(order(attempt=1))["GPUJOBS_CHECKPOINT_DIR"] == variables(order(attempt=2))["GPUJOBS_CHECKPOINT_DIR"]
+    assert (
+        variables(order(attempt=1))["GPUJOBS_CHECKPOINT_DIR"] == variables(order(attempt=2))["GPUJOBS_CHECKPOINT_DIR"]
+    )
 
 
 def test_home_user_and_time_zone_are_the_owners_unless_the_file_says_otherwise() -> None:
@@ -274,8 +328,10 @@ def test_deep_learning_gets_locked_memory_a_large_stack_and_no_core_files() -> N
 
 def test_limits_that_the_engine_cannot_raise_stay_below_its_own() -> None:
     assert limits(ceilings={"memlock": 1 << 20, "stack": 1 << 30}) == {
-        "memlock": (1 << 20, 1 << 20), "stack": (64 << 20, 64 << 20), "core": (0, 0),
-    }  # fmt: skip
+        "memlock": (1 << 20, 1 << 20),
+        "stack": (64 << 20, 64 << 20),
+        "core": (0, 0),
+    }
 
 
 def test_the_files_own_limits_win_over_the_defaults() -> None:
@@ -284,7 +340,8 @@ def test_the_files_own_limits_win_over_the_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "text"), [((), ""), ((3,), "3"), ((0, 1, 2, 3, 8), "0-3,8"), ((8, 1, 0, 1), "0-1,8"), ((0, 2, 4), "0,2,4")]
+    ("numbers", "text"),
+    [((), ""), ((3,), "3"), ((0, 1, 2, 3, 8), "0-3,8"), ((8, 1, 0, 1), "0-1,8"), ((0, 2, 4), "0,2,4")],
 )
 def test_cpus_are_written_as_the_kernel_lists_them(numbers: tuple[int, ...], text: str) -> None:
     assert ranges(numbers) == text
@@ -331,7 +388,11 @@ def test_the_control_directory_passwd_and_group_are_mounted_read_only_before_the
 
 
 def test_ports_are_published_where_the_file_says() -> None:
-    ports = (Port(target=8888), Port(target=80, published=8080, host_ip="0.0.0.0"), Port(target=8888, published=1, protocol="tcp"))
+    ports = (
+        Port(target=8888),
+        Port(target=80, published=8080, host_ip="0.0.0.0"),
+        Port(target=8888, published=1, protocol="tcp"),
+    )
     request = create_request(order(spec=spec(ports=ports)))
     assert request["ExposedPorts"] == {"8888/tcp": {}, "80/tcp": {}}
     assert request["HostConfig"]["PortBindings"] == {
@@ -359,9 +420,14 @@ def test_all_labels_are_always_set_and_none_of_the_file_passes_for_ours() -> Non
     labels = create_request(order(spec=spec(labels=(("team", "vision"), ("gpujobs.owner", "0")))))["Labels"]
     assert labels.pop("gpujobs.config")
     assert labels == {
-        "team": "vision", "gpujobs.server": "5e4ae7f0", "gpujobs.job": "12_3", "gpujobs.attempt": "2", "gpujobs.owner": "5001",
-        "gpujobs.gpus": "GPU-a,GPU-b", "gpujobs.nonce": "n0nce",
-    }  # fmt: skip
+        "team": "vision",
+        "gpujobs.server": "5e4ae7f0",
+        "gpujobs.job": "12_3",
+        "gpujobs.attempt": "2",
+        "gpujobs.owner": "5001",
+        "gpujobs.gpus": "GPU-a,GPU-b",
+        "gpujobs.nonce": "n0nce",
+    }
     assert create_request(order(allocation=Allocation(memory=GIB)))["Labels"]["gpujobs.gpus"] == ""
 
 
@@ -387,7 +453,9 @@ def test_the_same_order_always_has_the_same_hash() -> None:
     ],
 )
 def test_whatever_differs_changes_the_hash(more: dict[str, object]) -> None:
-    assert create_request(order(**more))["Labels"]["gpujobs.config"] != create_request(order())["Labels"]["gpujobs.config"]
+    assert (
+        create_request(order(**more))["Labels"]["gpujobs.config"] != create_request(order())["Labels"]["gpujobs.config"]
+    )
 
 
 def test_the_hash_does_not_depend_on_the_order_of_keys() -> None:
@@ -414,7 +482,12 @@ def test_a_container_that_is_as_asked_for_has_no_differences() -> None:
     ("part", "key", "value", "words"),
     [
         ("Config", "Env", ["NVIDIA_VISIBLE_DEVICES=all"], "NVIDIA_VISIBLE_DEVICES is"),
-        ("Config", "Env", ["NVIDIA_VISIBLE_DEVICES=GPU-a,GPU-b", "NVIDIA_VISIBLE_DEVICES=all"], "NVIDIA_VISIBLE_DEVICES is"),
+        (
+            "Config",
+            "Env",
+            ["NVIDIA_VISIBLE_DEVICES=GPU-a,GPU-b", "NVIDIA_VISIBLE_DEVICES=all"],
+            "NVIDIA_VISIBLE_DEVICES is",
+        ),
         ("Config", "Env", None, "NVIDIA_VISIBLE_DEVICES is"),
         ("Config", "User", "0:0", "user is '0:0'"),
         ("Config", "Entrypoint", ["/bin/sh"], "entry point is"),
@@ -425,7 +498,9 @@ def test_a_container_that_is_as_asked_for_has_no_differences() -> None:
         ("HostConfig", "CapAdd", ["SYS_ADMIN"], "added capabilities is"),
     ],
 )
-def test_each_difference_that_decides_about_gpus_or_privilege_is_told(part: str, key: str, value: object, words: str) -> None:
+def test_each_difference_that_decides_about_gpus_or_privilege_is_told(
+    part: str, key: str, value: object, words: str
+) -> None:
     found = inspected(order())
     found[part][key] = value
     (told,) = differences(order(), found)

@@ -12,7 +12,9 @@ from gpujobs.core.endings import Ending, ending_of, signal_name, size
 GIB = 2**30
 
 
-def ended(code: int, *, oom: bool = False, memory: int = 8 * GIB, released: bool = True, stop: tuple[str, str] | None = None) -> Ending:
+def ended(
+    code: int, *, oom: bool = False, memory: int = 8 * GIB, released: bool = True, stop: tuple[str, str] | None = None
+) -> Ending:
     return ending_of(code, oom=oom, memory=memory, released=released, stop=stop)
 
 

@@ -8,7 +8,16 @@ import re
 import pytest
 
 from gpujobs.core import errors
-from gpujobs.core.errors import BY_CODE, GpujobsError, Interrupted, InvalidInput, Problem, Refused, Unavailable, UnknownId
+from gpujobs.core.errors import (
+    BY_CODE,
+    GpujobsError,
+    Interrupted,
+    InvalidInput,
+    Problem,
+    Refused,
+    Unavailable,
+    UnknownId,
+)
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, GpujobsError)]
 
@@ -35,8 +44,13 @@ def test_every_kind_is_found_by_its_own_code_and_no_two_share_one() -> None:
 
 def test_every_kind_has_a_status_of_http_that_says_whose_fault_it_is() -> None:
     assert {kind.code: kind.status for kind in KINDS} == {
-        "error": 500, "invalid": 400, "unknown": 404, "refused": 403, "unavailable": 503, "interrupted": 499,
-    }  # fmt: skip
+        "error": 500,
+        "invalid": 400,
+        "unknown": 404,
+        "refused": 403,
+        "unavailable": 503,
+        "interrupted": 499,
+    }
 
 
 def test_an_unknown_id_is_an_invalid_input() -> None:

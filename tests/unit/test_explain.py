@@ -62,7 +62,9 @@ def test_a_lost_gpu_is_named_as_the_reason() -> None:
 
 def test_a_gpu_that_is_avoided_is_told_with_its_clause() -> None:
     machine = testing.one_t4()
-    state = replace(view(machine, {JobId(1): shape(1)}), avoid={machine.gpus[0].uuid: "a process of job 7 is still on it"})
+    state = replace(
+        view(machine, {JobId(1): shape(1)}), avoid={machine.gpus[0].uuid: "a process of job 7 is still on it"}
+    )
     assert "a process of job 7 is still on it" in Explainer(state).why(JobId(1)).message
 
 
@@ -93,7 +95,9 @@ def test_a_job_that_does_not_wait_has_no_reason() -> None:
     assert Explainer(state).why(JobId(1)) == Explainer(state).why(JobId(99)) == Wait("", "")
 
 
-def test_the_work_for_the_first_in_line_is_done_once_for_any_number_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_for_the_first_in_line_is_done_once_for_any_number_of_questions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from gpujobs.core import explain
 
     asked = []

@@ -9,7 +9,19 @@ from hypothesis import given
 
 from gpujobs.core import job as jobs
 from gpujobs.core.errors import InvalidInput
-from gpujobs.core.job import Allocation, Ended, IllegalTransition, Job, JobId, Pulling, Queued, Running, Starting, Stopping, name_of
+from gpujobs.core.job import (
+    Allocation,
+    Ended,
+    IllegalTransition,
+    Job,
+    JobId,
+    Pulling,
+    Queued,
+    Running,
+    Starting,
+    Stopping,
+    name_of,
+)
 from gpujobs.core.spec import JobSpec
 from tests.unit.values import job_ids, owner, states
 
@@ -69,7 +81,13 @@ def test_a_job_holds_its_allocation_from_the_decision_to_its_end_and_not_longer(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("12", JobId(12)), ("12_0", JobId(12, 0)), ("12_3", JobId(12, 3)), ("1", JobId(1)), ("999999999999999", JobId(10**15 - 1))],
+    [
+        ("12", JobId(12)),
+        ("12_0", JobId(12, 0)),
+        ("12_3", JobId(12, 3)),
+        ("1", JobId(1)),
+        ("999999999999999", JobId(10**15 - 1)),
+    ],
 )
 def test_ids_are_read_as_people_write_them(text: str, expected: JobId) -> None:
     assert JobId.parse(text) == expected
@@ -78,9 +96,29 @@ def test_ids_are_read_as_people_write_them(text: str, expected: JobId) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "012", "-1", "+1", "12_", "_3", "12_03", "12_-1", "12_3_4", "12.3", "1e3", " 12", "12 ", "12\n", "twelve", "١٢",
-     "1" * 16, "1_" + "9" * 10, "12_³"],
-)  # fmt: skip
+    [
+        "",
+        "0",
+        "012",
+        "-1",
+        "+1",
+        "12_",
+        "_3",
+        "12_03",
+        "12_-1",
+        "12_3_4",
+        "12.3",
+        "1e3",
+        " 12",
+        "12 ",
+        "12\n",
+        "twelve",
+        "١٢",
+        "1" * 16,
+        "1_" + "9" * 10,
+        "12_³",
+    ],
+)
 def test_what_is_no_id_is_refused_with_what_ids_look_like(text: str) -> None:
     with pytest.raises(InvalidInput, match="is no job id") as caught:
         JobId.parse(text)

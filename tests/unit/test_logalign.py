@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gpujobs.adapters.logalign import Aligner, State, index
 from gpujobs.adapters.logfile import LogReader, LogWriter
+from gpujobs.adapters.lognewlines import Newlines
 from gpujobs.logwire import LogRecord
 
 runs = st.lists(st.tuples(st.sampled_from([1, 2]), st.sampled_from([b"a\n", b"b"]), st.integers(1, 5)), max_size=8)
@@ -102,3 +103,33 @@ def test_records_before_a_dropped_middle_are_not_aligned_with_those_after_it(tmp
     assert fresh == truth[4000:]
     assert log.end == end
     log.close()
+
+
+def test_a_message_that_is_later_than_the_last_stored_ones_but_before_them_is_not_taken_for_new(
+    tmp_path: object,
+) -> None:
+    """A long line's pieces bear its first piece's time, and may be all that the indexed end holds."""
+    line = [LogRecord(5, 2, b"w" * 16384)] * 30
+    truth = [*line[:10], LogRecord(7, 1, b"later\n"), *line[10:], LogRecord(5, 2, b"end\n")]
+    log = LogWriter(tmp_path)  # type: ignore[arg-type]
+    log.append(truth)
+    made = asyncio.run(index(log, log.end - (64 << 10)))
+    assert len(made) < 25
+    assert Aligner(log, made, whole=False).feed(truth) == []
+    log.close()
+    assert stored(tmp_path) == truth
+
+
+def test_a_newline_that_was_put_in_is_not_looked_for_in_the_answer(tmp_path: object) -> None:
+    """Even where what it ends is no longer within the indexed end of the log."""
+    lines = [LogRecord(10 + n, 1, b"line %d\n" % n) for n in range(20_000)]
+    truth = [LogRecord(5, 2, b"w" * 16384), LogRecord(5, 2, b"rest"), *lines, LogRecord(90_000, 2, b"end\n")]
+    log = LogWriter(tmp_path)  # type: ignore[arg-type]
+    log.append(Newlines(log).restore(truth))
+    made = asyncio.run(index(log, log.end - 1000))
+    assert len(made) < 20_000
+    assert Aligner(log, made, whole=False).feed(truth) == []
+    log.close()
+    again = stored(tmp_path)
+    assert b"".join(r.payload for r in again if r.stream == 2) == b"w" * 16384 + b"rest\nend\n"
+    assert {r.stream for r in again} == {1, 2}

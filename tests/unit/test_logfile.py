@@ -33,7 +33,7 @@ def read(path: Path, **how: object) -> list[LogRecord]:
 
 async def until(condition: object) -> None:
     async with asyncio.timeout(20):
-        while not condition():  # type: ignore[operator]
+        while not condition():  # noqa: ASYNC110 - any condition  # type: ignore[operator]
             await asyncio.sleep(0.005)
 
 

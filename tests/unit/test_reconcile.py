@@ -10,7 +10,19 @@ import pytest
 from gpujobs import testing
 from gpujobs.core import reconcile as module
 from gpujobs.core.job import JobId
-from gpujobs.core.reconcile import Action, Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, foreign, gpus_of, reconcile
+from gpujobs.core.reconcile import (
+    Action,
+    Adopt,
+    Forget,
+    Kill,
+    Lost,
+    Recorded,
+    Resume,
+    Seen,
+    foreign,
+    gpus_of,
+    reconcile,
+)
 
 SERVER = "5e4ae7f0"
 JOB = JobId(12)
@@ -25,7 +37,7 @@ def row(state: str, *, config: str = "c0ffee", active: bool = True) -> Recorded:
     return Recorded(job=JOB, attempt=1, name=NAME, nonce="n0nce", config=config, state=state, active=active)
 
 
-def container(state: str, name: str = NAME, id: str = "id1", **labels: str) -> Seen:
+def container(state: str, name: str = NAME, id: str = "id1", **labels: str) -> Seen:  # noqa: A002
     ours = {"gpujobs.server": SERVER, "gpujobs.nonce": "n0nce", "gpujobs.config": "c0ffee", "gpujobs.job": "12"}
     return Seen(id=id, name=name, state=state, labels={**ours, **{f"gpujobs.{key}": v for key, v in labels.items()}})
 
@@ -76,7 +88,8 @@ def test_running_or_stopping_and_nothing_there_though_one_was_recorded_is_lost(s
 @pytest.mark.parametrize("state", ACTIVE)
 @pytest.mark.parametrize("docker", ["created", "running", "exited"])
 @pytest.mark.parametrize(
-    "forged", [{"nonce": "guessed"}, {"config": "changed"}, {"server": "another"}, {"nonce": "guessed", "config": "changed"}]
+    "forged",
+    [{"nonce": "guessed"}, {"config": "changed"}, {"server": "another"}, {"nonce": "guessed", "config": "changed"}],
 )
 def test_any_active_and_that_name_but_not_our_nonce_or_hash_is_lost_and_never_touched(
     state: str, docker: str, forged: dict[str, str]
@@ -98,7 +111,11 @@ def test_ended_or_unknown_and_our_nonce_running_is_killed(docker: str) -> None:
 
 
 def test_other_servers_or_made_by_hand_with_gpus_is_foreign_and_those_gpus_are_taken() -> None:
-    other = replace(container("running", name="gpujobs-0ther-3-1", id="id3", server="0ther", job="3"), runtime="nvidia", visible=UUIDS[2])
+    other = replace(
+        container("running", name="gpujobs-0ther-3-1", id="id3", server="0ther", job="3"),
+        runtime="nvidia",
+        visible=UUIDS[2],
+    )
     by_hand = Seen(id="id9", name="notebook", state="running", labels={}, runtime="nvidia", visible="5")
     assert actions(row("running"), container("running"), other, by_hand) == [Adopt(JOB, "id1")]
     assert foreign(SERVER, [container("running"), other, by_hand], frozenset({"id1"}), MACHINE, "nvidia") == {
@@ -137,11 +154,15 @@ def test_an_ended_attempt_is_not_an_excuse_to_kill_somebody_elses_container_of_t
 
 
 def test_a_container_with_our_servers_label_and_an_unknown_nonce_is_left_alone() -> None:
-    assert actions(row("running"), container("running"), container("running", name="forged", nonce="guessed")) == [Adopt(JOB, "id1")]
+    assert actions(row("running"), container("running"), container("running", name="forged", nonce="guessed")) == [
+        Adopt(JOB, "id1")
+    ]
 
 
 def test_another_servers_containers_are_never_touched() -> None:
-    assert actions(row("running"), container("running"), container("running", name="x", id="id2", server="0ther")) == [Adopt(JOB, "id1")]
+    assert actions(row("running"), container("running"), container("running", name="x", id="id2", server="0ther")) == [
+        Adopt(JOB, "id1")
+    ]
 
 
 def test_a_container_that_was_made_but_not_recorded_is_known_by_its_name_and_nonce_alone() -> None:
@@ -153,7 +174,11 @@ def test_each_attempt_is_judged_by_itself() -> None:
     second = replace(row("running"), attempt=2, name=f"gpujobs-{SERVER}-12-2", nonce="n2")
     element = replace(row("pulling", config=""), job=JobId(13, 3), name=f"gpujobs-{SERVER}-13_3-1", nonce="n3")
     seen = [container("running", name=second.name, id="id2", nonce="n2")]
-    assert reconcile(SERVER, [first, second, element], seen) == [Forget(JOB, 1), Adopt(JOB, "id2"), Resume(JobId(13, 3))]
+    assert reconcile(SERVER, [first, second, element], seen) == [
+        Forget(JOB, 1),
+        Adopt(JOB, "id2"),
+        Resume(JobId(13, 3)),
+    ]
 
 
 def test_nothing_recorded_and_nothing_seen_needs_nothing() -> None:
@@ -235,15 +260,24 @@ def test_device_files_count_under_any_runtime_and_by_their_minor() -> None:
         (((1, ()), (0, (UUIDS[5],))), (UUIDS[0], UUIDS[5])),
     ],
 )
-def test_device_requests_beat_the_variable(requests: tuple[tuple[int, tuple[str, ...]], ...], expected: tuple[str, ...]) -> None:
+def test_device_requests_beat_the_variable(
+    requests: tuple[tuple[int, tuple[str, ...]], ...], expected: tuple[str, ...]
+) -> None:
     assert gpus_of(stranger(runtime="runc", visible="void", requests=requests), MACHINE) == frozenset(expected)
 
 
 @pytest.mark.parametrize(
     ("state", "holds"),
-    [("running", True), ("paused", True), ("restarting", True), ("created", True), ("exited", False), ("dead", False),
-     ("removing", False)],
-)  # fmt: skip
+    [
+        ("running", True),
+        ("paused", True),
+        ("restarting", True),
+        ("created", True),
+        ("exited", False),
+        ("dead", False),
+        ("removing", False),
+    ],
+)
 def test_a_container_holds_its_gpus_as_long_as_it_runs_or_may_be_started_at_any_moment(state: str, holds: bool) -> None:
     seen = replace(stranger(visible="0"), state=state)
     assert bool(foreign(SERVER, [seen], frozenset(), MACHINE, "nvidia")) is holds

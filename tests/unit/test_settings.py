@@ -83,7 +83,7 @@ def test_a_python_tag_constructs_nothing(write) -> None:
 
 
 def test_bytes_that_are_no_utf_8_are_told_with_their_place(write) -> None:
-    with pytest.raises(InvalidInput, match="are not UTF-8: .* at byte 9"):
+    with pytest.raises(InvalidInput, match=r"are not UTF-8: .* at byte 9"):
         load(write(b"runtime: \xff\xfe"))
 
 

@@ -62,7 +62,7 @@ SELECT * FROM attempts WHERE number = :number AND idx = :idx AND attempt = :atte
 
 -- name: kept_attempts
 SELECT attempts.*, jobs.state, jobs.active AND jobs.attempt = attempts.attempt AS active
-FROM attempts JOIN jobs USING (number, idx) WHERE removed = 0;
+FROM attempts JOIN jobs USING (number, idx) WHERE removed = 0 ORDER BY number, idx, attempt;
 
 -- name: expired_attempts
 SELECT * FROM attempts WHERE removed = 0 AND ended_at IS NOT NULL AND log_closed = 1 AND ended_at < :before;

@@ -1,0 +1,1 @@
+"""Benchmarks: each compares with what it stands beside, in one run, and takes ``--json FILE``."""
