@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from gpujobs.core import forms
 from gpujobs.core.errors import InvalidInput, Problem
 from gpujobs.core.spec import Volume, volumes_of
-from gpujobs.core.values import Context, duration
+from gpujobs.core.values import Context, duration, size
 
 _CONTEXT = Context(file="", directory="/", home="/nonexistent", variables={})
 
 
 def _seconds(value: object) -> object:
     return duration(value, 0) if isinstance(value, str) else value
+
+
+def _bytes(value: object) -> object:
+    return size(value, 1) if isinstance(value, str) else value
 
 
 def _environment(value: object) -> object:
@@ -50,6 +54,9 @@ class Settings:
         admins: Accounts that may act on everybody's jobs, besides root.
         environment: Variables that every job has, such as proxies and the place of a model cache; the job
             file's win.
+        build_memory: Bytes of memory that each step of a build may use.
+        build_cpus: CPUs of the same.
+        build_time: Seconds that a build may take.
         volumes: Mounts that every job has where its owner can open them, such as shared data sets: as in a job
             file, bind mounts only.
     """
@@ -58,6 +65,9 @@ class Settings:
     keep_ended: Annotated[float, BeforeValidator(_seconds), Ge(0)] = 86400.0
     memory_reserve: Annotated[float, Ge(0), Lt(1)] = 0.1
     admins: tuple[str, ...] = ()
+    build_memory: Annotated[int, BeforeValidator(_bytes), Ge(64 * 2**20)] = 8 * 2**30
+    build_cpus: Annotated[float, Gt(0)] = 4.0
+    build_time: Annotated[float, BeforeValidator(_seconds), Gt(0)] = 3600.0
     environment: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_environment)] = ()
     volumes: Annotated[tuple[Volume, ...], BeforeValidator(_volumes)] = ()
 

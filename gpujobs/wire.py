@@ -3,7 +3,8 @@
 All paths are below ``/v1``. Errors are ``{code, exit, message, hint, problems: [{file, line, column, path, message}]}``.
 
     GET  /v1/server                     who answers
-    POST /v1/jobs                       Submission -> {"jobs": [{"id"}], "count", "message"}
+    POST /v1/jobs                       Submission -> {"jobs": [{"id", "elements"}], "contexts", "notes"}
+    PUT  /v1/jobs/ID/context/KEY        the tar file of one of the "contexts": [{"id", "key", "context", "dockerfile"}]
     POST /v1/plan                       Submission -> the plan of its first job, with "jobs" and "others"
     GET  /v1/jobs?all=0|1&limit=N       {"jobs": [row]}
     GET  /v1/jobs/ID                    {"jobs": [row + spec, container, attempts]}

@@ -16,7 +16,7 @@ from pathlib import Path
 class Answers(BaseHTTPRequestHandler):
     """Says that it is well."""
 
-    def do_GET(self) -> None:  # noqa: N802 - the library's name
+    def do_GET(self) -> None:
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
 

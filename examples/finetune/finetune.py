@@ -29,7 +29,7 @@ def spirals(count: int, arms: int, hand: int, random: np.random.Generator) -> tu
     radius = np.sqrt(random.uniform(0.05, 1.0, count))
     angle = hand * (radius * 1.5 * np.pi + 2.0 * np.pi * arm / arms)
     points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return points + random.normal(0.0, 0.02, points.shape), arm
+    return points + random.normal(0.0, 0.04, points.shape), arm
 
 
 def layer(inputs: int, outputs: int, random: np.random.Generator) -> np.ndarray:
@@ -127,8 +127,8 @@ def checkpoint_to_read(own: Path, resume: str) -> Path | None:
 def main() -> int:
     """Train the base, tune it, print what became of it; SIGTERM saves and ends with 143."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20000, help="of tuning, after a quarter as many for the base")
-    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
+    parser.add_argument("--steps", type=int, default=4000, help="of tuning, after a quarter as many for the base")
+    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--arms", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)

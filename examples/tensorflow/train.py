@@ -45,7 +45,8 @@ def main() -> None:
 
     strategy = tf.distribute.MirroredStrategy()
     replicas = strategy.num_replicas_in_sync
-    print(f"{replicas} replicas on {[gpu.name for gpu in tf.config.list_physical_devices('GPU')] or 'the CPU'}", flush=True)
+    gpus = tf.config.list_physical_devices("GPU")
+    print(f"{replicas} replicas on {' '.join(gpu.name for gpu in gpus) or 'the CPU'}", flush=True)
     batch = options.batch * replicas
     points, labels = spirals(200_000, seed=1)
     train = tf.data.Dataset.from_tensor_slices((points, labels)).shuffle(len(points), seed=1).batch(batch)

@@ -27,7 +27,7 @@ from gpujobs.core.container import Image
 from gpujobs.core.dockerfile import OWNER_LABEL, Outline, outline, triggers_problem
 from gpujobs.core.errors import Refused, Unavailable
 from gpujobs.core.job import Owner
-from gpujobs.core.pulls import Layers, Progress, refusal
+from gpujobs.core.pulls import Layers, Progress, checked, refusal
 from gpujobs.core.spec import Build
 
 __all__ = ["BuildFailed", "BuildLimits", "Images", "Shared", "Told"]
@@ -107,6 +107,7 @@ class Images:
         return _image(reference, await self._inspected(reference, owner))
 
     async def _inspected(self, reference: str, owner: Owner) -> dict[str, Any]:
+        reference = checked(reference)
         try:
             data: dict[str, Any] = await self._engine.call(lambda client: client.inspect_image(reference))  # type: ignore[no-untyped-call]
         except Gone:
@@ -142,6 +143,7 @@ class Images:
             InvalidInput: It is no name of an image.
             Unavailable: The registry or the Engine cannot be reached; the disk is full.
         """
+        reference = checked(reference)
         return await _join(self._pulls, reference, partial(self._pull, reference), progress)
 
     async def _pull(self, reference: str, tell: Told) -> Image:

@@ -171,6 +171,30 @@ class Ledger:
         """Ended attempts whose log was not read to its end."""
         return [dict(row) for row in self._rows("open_logs")]
 
+    def add_context(self, number: int, key: str, context: str, dockerfile: str, deadline: float) -> None:
+        """A build context that a submission's client is to send."""
+        self._run("add_context", number=number, key=key, context=context, dockerfile=dockerfile, deadline=deadline)
+
+    def contexts(self) -> list[dict[str, Any]]:
+        """The build contexts that have not come yet, or whose files are still kept."""
+        return [dict(row) for row in self._rows("kept_contexts")]
+
+    def context_received(self, number: int, key: str) -> None:
+        """A build context has come."""
+        self._run("set_context_received", number=number, key=key)
+
+    def context_removed(self, number: int, key: str) -> None:
+        """A build context's file is gone."""
+        self._run("set_context_removed", number=number, key=key)
+
+    def add_build(self, number: int, build: str, image: str) -> None:
+        """The image that came of a submission's build."""
+        self._run("add_build", number=number, build=build, image=image)
+
+    def builds(self, number: int) -> dict[str, str]:
+        """The images that came of a submission's builds, by the builds' digests."""
+        return {str(row["build"]): str(row["image"]) for row in self._rows("submission_builds", number=number)}
+
 
 def job_of(row: sqlite3.Row) -> Job:
     """The job of a row."""

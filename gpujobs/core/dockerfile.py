@@ -16,7 +16,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from gpujobs.core import forms
 from gpujobs.core.errors import InvalidInput, Problem
+from gpujobs.core.values import SpecError
 
 OWNER_LABEL = "gpujobs.owner"
 """Whose build an image is, by uid: on the result and on every layer on the way to it."""
@@ -332,7 +334,7 @@ class _Reader:
         if base.lower() in self._stages:
             base = base.lower()
         elif base != SCRATCH:
-            self._images[base] = None
+            self._image(base, line)
         self._bases.append(base)
         self._stages.append(name)
 
@@ -343,7 +345,13 @@ class _Reader:
         if name.isdecimal() and int(name) >= current:
             raise _wrong(self._file, instruction.line, f"--from={name}: there is no earlier stage of that number")
         if not _is_stage(name, self._stages[:current], current):
-            self._images[name] = None
+            self._image(name, instruction.line)
+
+    def _image(self, name: str, line: int) -> None:
+        try:
+            self._images[forms.image(name)] = None
+        except SpecError as error:
+            raise _wrong(self._file, line, str(error)) from error
 
     def _expanded(self, word: str, line: int) -> str:
         """A word with its variables, as a ``FROM`` line has them: arguments that were declared before it."""

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from gpujobs.core import forms
 from gpujobs.core.diagnose import image_hint
 from gpujobs.core.errors import GpujobsError, InvalidInput, Refused, Unavailable
+from gpujobs.core.values import SpecError
 
 _DONE = ("Pull complete", "Already exists")
 _FETCHED = ("Download complete", "Verifying Checksum", "Extracting")
@@ -91,6 +93,18 @@ class Layers:
         there, count = sum(layer.done for layer in layers), len(layers)
         words = f"{there} of {count} layer{'s' * (count != 1)}, {int(100 * self._most)} %"
         return Progress(layers, f"pulling {self._reference}: {words}")
+
+
+def checked(reference: str) -> str:
+    """A reference that is one: it becomes part of a path of the Engine's API.
+
+    Raises:
+        InvalidInput: It is none.
+    """
+    try:
+        return forms.image(reference)
+    except SpecError as error:
+        raise InvalidInput(str(error)) from error
 
 
 def registry_of(reference: str) -> str:

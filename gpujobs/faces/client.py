@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
@@ -113,6 +114,30 @@ class Client:
     def rerun(self, job: str) -> dict[str, Any]:
         """Submit a job or an array again as it was."""
         return self._call("POST", f"/jobs/{_path(job)}/rerun")
+
+    def send_context(self, entry: Mapping[str, Any], told: Callable[[int, int], None] = lambda _packed, _all: None) -> None:
+        """Pack a directory and send it as the build context that a submission's answer asks for.
+
+        Args:
+            entry: One of the answer's ``contexts``.
+            told: Told now and then how many bytes of files are packed, and of how many.
+
+        Raises:
+            InvalidInput: It cannot be packed; nothing was taken by the server.
+            GpujobsError: The server did not take it.
+        """
+        from gpujobs.buildcontext import pack
+
+        path = f"/jobs/{_path(str(entry['id']))}/context/{quote(str(entry['key']), safe='')}"
+        for attempt in self._attempts():
+            try:
+                self._transport.upload(
+                    path, lambda sink: pack(Path(entry["context"]), entry["dockerfile"], sink, told=told)
+                )
+            except Unavailable as error:
+                attempt.failed(error)
+            else:
+                return
 
     def jobs(self, *, everything: bool = False, limit: int | None = None) -> list[Row]:
         """The jobs that are to run or running; with ``everything`` those that ended too."""

@@ -10,7 +10,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -152,6 +152,30 @@ def _who_may(path: Path) -> str:
     return "It serves another account alone."
 
 
+class Sink:
+    """The body of a request, sent in HTTP's chunks as it comes."""
+
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self._connection = connection
+        self._pending = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+        self._pending += data
+        if len(self._pending) >= _CHUNK:
+            self._flush()
+
+    def end(self) -> None:
+        """Send the end."""
+        self._flush()
+        self._connection.send(b"0\r\n\r\n")
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._connection.send(b"%x\r\n%b\r\n" % (len(self._pending), self._pending))
+            self._pending.clear()
+
+
 @dataclass(slots=True)
 class Stream:
     """The answer to a request that goes on: its headers and its body as it comes."""
@@ -219,6 +243,42 @@ class Transport:
             connection.close()
             raise
         return Stream(dict(response.headers), self._chunks(connection, response))
+
+    def upload(self, path: str, produce: Callable[[Sink], object]) -> dict[str, Any]:
+        """A PUT whose body is made while it is sent.
+
+        Args:
+            path: Below ``/v1``.
+            produce: Writes the body; what it raises ends the request before its end, so the server takes nothing.
+
+        Raises:
+            GpujobsError: As :meth:`call`.
+        """
+        connection = _Connection(self.host, self._answer)
+        try:
+            try:
+                connection.connect()
+            except OSError as error:
+                raise _unreachable(self.host, error) from error
+            connection.putrequest("PUT", f"/v{wire.API}{path}")
+            connection.putheader("Content-Type", "application/x-tar")
+            connection.putheader("Transfer-Encoding", "chunked")
+            connection.endheaders()
+            sink = Sink(connection)
+            try:
+                produce(sink)
+                sink.end()
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # a server that refuses does not read to the end; its answer says why
+            response = connection.getresponse()
+            data = response.read()
+            if response.status >= 400:
+                raise self._error(response.status, data)
+        except (ConnectionError, TimeoutError, http.client.HTTPException) as error:
+            raise self._lost("PUT", error) from error
+        finally:
+            connection.close()
+        return self._object(data)
 
     def _chunks(self, connection: _Connection, response: http.client.HTTPResponse) -> Iterator[bytes]:
         try:

@@ -19,7 +19,7 @@ from gpujobs.adapters.logfile import LogReader
 from gpujobs.core.errors import GpujobsError, InvalidInput, Refused
 from gpujobs.core.job import Ended, Job, Owner
 from gpujobs.core.spec import JobSpec
-from gpujobs.logwire import encode_frame
+from gpujobs.logwire import GAP, LogRecord, encode_frame
 from gpujobs.service import rows
 from gpujobs.service.access import Peer
 from gpujobs.service.loop import Service
@@ -65,13 +65,16 @@ def application(service: Service) -> Starlette:
         ("GET", "/v1/jobs/{id}/watch", watch),
         ("GET", "/v1/jobs/{id}/logs", logs),
         ("POST", "/v1/jobs/{id}/cancel", cancel),
+        ("PUT", "/v1/jobs/{id}/context/{key}", context),
         ("POST", "/v1/jobs/{id}/rerun", rerun),
         ("GET", "/v1/gpus", gpus),
     ]
-    return Starlette(
+    made = Starlette(
         routes=[Route(path, endpoint(handler), methods=[method]) for method, path, handler in table],
         exception_handlers={404: missing, 405: missing, Exception: failed},
     )
+    made.router.redirect_slashes = False  # an id with a slash in it is no id; it is not to be asked for elsewhere
+    return made
 
 
 async def _asker(service: Service, request: Request) -> Owner:
@@ -146,6 +149,7 @@ async def submit(service: Service, asker: Owner, request: Request) -> Response:
     submissions = {jobs[0].id.number: len(jobs) for jobs in made}
     answer: dict[str, Any] = {
         "jobs": [{"id": number, "elements": count} for number, count in submissions.items()],
+        "contexts": service.contexts.rows(submissions),
         "notes": service.notes,
     }
     return JSONResponse(answer, 201)
@@ -256,7 +260,24 @@ async def rerun(service: Service, asker: Owner, request: Request) -> Response:
         if not service.directory.may_act(asker, job):
             raise Refused(f"job {job.id} is {job.owner.name}'s: only they and administrators may run it again")
     made = await service.rerun(found)
-    return JSONResponse({"jobs": [{"id": made[0].id.number, "elements": len(made)}], "notes": service.notes}, 201)
+    number = made[0].id.number
+    answer = {
+        "jobs": [{"id": number, "elements": len(made)}],
+        "contexts": service.contexts.rows([number]),
+        "notes": service.notes,
+    }
+    return JSONResponse(answer, 201)
+
+
+async def context(service: Service, asker: Owner, request: Request) -> Response:
+    """Take in the tar file of a build context that a submission asked for, by its key; answered once it is on disk."""
+    found = await service.named(request.path_params["id"])
+    if not service.directory.may_act(asker, found[0]):
+        raise Refused(f"job {found[0].id} is {found[0].owner.name}'s: only they may send its build context")
+    number = found[0].id.number
+    await service.contexts.receive(number, request.path_params["key"], request.stream())
+    await service.context_came(number)
+    return JSONResponse({"jobs": [{"id": number, "elements": len(found)}]})
 
 
 async def logs(service: Service, asker: Owner, request: Request) -> Response:
@@ -295,7 +316,7 @@ async def _frames(
                 reader = LogReader(path, writer)
                 since_ns = None if since is None else round(since * 1e9)
                 async for batch in reader.batches(since_ns=since_ns, tail=tail, follow=follow and writer is not None):
-                    kept, skip = batch[skip:], max(0, skip - len(batch))
+                    kept, skip = _after(batch, skip) if skip else (batch, 0)
                     if kept:
                         yield b"".join(map(encode_frame, kept))
                 return
@@ -304,6 +325,15 @@ async def _frames(
             await event.wait()
     finally:
         service.unwatch(job.id.number, event)
+
+
+def _after(batch: list[LogRecord], skip: int) -> tuple[list[LogRecord], int]:
+    """A batch without its first records of the program, and how many are still to be left out; marks do not count."""
+    for position, record in enumerate(batch):
+        if not skip:
+            return batch[position:], 0
+        skip -= record.stream != GAP
+    return [], skip
 
 
 async def gpus(service: Service, _: Owner, __: Request) -> Response:

@@ -12,6 +12,8 @@ import hashlib
 import logging
 import os
 import shutil
+import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +38,7 @@ from gpujobs.core.container import (
 )  # fmt: skip
 from gpujobs.core.cuda import needs_newer_driver
 from gpujobs.core.endings import Ending, ending_of
-from gpujobs.core.errors import GpujobsError, Unavailable
+from gpujobs.core.errors import GpujobsError, Refused, Unavailable
 from gpujobs.core.job import Allocation, Job
 from gpujobs.core.planning import source_of
 from gpujobs.service.access import group_names
@@ -49,6 +51,10 @@ logger = logging.getLogger("gpujobs")
 
 HOLD_SECONDS = 30.0
 """How long to wait before asking a file server again that did not answer."""
+
+
+BUILD_LINE = 16 << 10
+"""Characters of one line of a build's output that are kept."""
 
 
 class Failed(Exception):
@@ -167,7 +173,9 @@ class Attempt:
         fault("devices-verified")
         await self._in_turn()
         self._check_stop()
-        await self._service.released(self.job_id, self.number)
+        if not await self._service.released(self.job_id, self.number):
+            await self._stopping.wait()
+            raise StopAsked
         fault("running-committed")
         self._release()
 
@@ -195,27 +203,75 @@ class Attempt:
             raise StopAsked
 
     async def _image(self) -> Image:
-        """The image, by what its name meant when the container was made."""
+        """The image, by what its name meant when the container was made; pulled or built where it is not there."""
         self._check_stop()
-        reference = self._job.spec.image
-        assert reference is not None
-        engine = self._service.engine
-        try:
-            image = await engine.image(self._recorded_image or reference)
-        except Gone:
-            pass
-        else:
-            await self._service.starting(self.job_id)  # a server that died while it was fetched left it pulling
-            return replace(image, reference=reference)
+        service, owner, spec = self._service, self._job.owner, self._job.spec
+        built = await service.contexts.image(self._job) if spec.build is not None else None
+        reference = spec.image or built
+        if (known := self._recorded_image or reference) is not None:
+            try:
+                image = await service.images.local(known, owner)
+            except Gone:
+                pass
+            except EngineAway:
+                raise
+            except GpujobsError as error:
+                raise Failed("image", sentence(error)) from error
+            else:
+                await service.starting(self.job_id)  # a server that died while it was fetched left it pulling
+                return replace(image, reference=spec.image or "(built)")
         self.started.set()  # who has to fetch its image does not keep the others waiting
-        await self._service.pulling(self.job_id)
+        await service.pulling(self.job_id)
         try:
-            image = await engine.pull(reference)
+            image = await self._unless_stopped(self._build() if spec.image is None else self._pull(spec.image))
+        except EngineAway:
+            raise
         except GpujobsError as error:
-            raise Failed("image", str(error)) from error
-        await self._service.starting(self.job_id)
+            raise Failed("image", sentence(error)) from error
+        await service.starting(self.job_id)
         self._check_stop()
         return image
+
+    async def _pull(self, reference: str) -> Image:
+        service = self._service
+        return await service.images.pull(reference, lambda progress: service.progress(self.job_id, progress))
+
+    async def _build(self) -> Image:
+        """Build the image from the context that the client has sent; the output is at the log's beginning."""
+        service, spec = self._service, self._job.spec
+        assert spec.build is not None
+        context = service.contexts.path(self._job)
+        if context is None:
+            raise Refused("the image that was built for it was removed, and so is its build context",
+                          hint="Submit it again.")  # fmt: skip
+        log = service.log_of(self.job_id, self.number)
+
+        def output(line: str) -> None:
+            try:
+                log.append_gap(line[:BUILD_LINE], time.time_ns())
+            except OSError as error:  # a full disk: the build goes on, its output is not kept
+                logger.warning("job %s: a line of its build was not stored: %s", self.job_id, error)
+
+        image = await service.images.build(
+            context, spec.build, self._job.owner, service.build_limits(), output,
+            lambda progress: service.progress(self.job_id, progress),
+        )  # fmt: skip
+        await service.contexts.built(self._job, image.id)
+        return replace(image, reference="(built)")
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, Image]) -> Image:
+        """Do it, unless somebody wants the attempt ended before it is done."""
+        task = asyncio.create_task(work, name=f"image of {self.name}")
+        stopping = asyncio.create_task(self._stopping.wait(), name=f"stop of {self.name}")
+        try:
+            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._check_stop()
+            return task.result()
+        finally:
+            stopping.cancel()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _order(self, image: Image) -> Order:
         service, job = self._service, self._job
@@ -259,6 +315,7 @@ class Attempt:
             try:
                 pin = await self._service.mounts.pin(self._job.owner, source, read_only, name)
             except MountHeld as error:
+                self.started.set()  # who waits for a file server does not keep the others waiting
                 await self._service.note(self.job_id, f"waiting for {source}: {error}")
                 await self._pause(HOLD_SECONDS)
             except GpujobsError as error:
@@ -327,20 +384,25 @@ class Attempt:
             try:
                 self.container = await engine.create(self.name, request)
             except Conflict:
-                self.container = await self._adopt(order, request)
+                self.container = await self._adopt(request)
             except EngineError as error:
                 raise Failed("server", f"the Engine did not make its container: {error}") from error
             fault("container-created")
             config = request["Labels"]["gpujobs.config"]
             await self._service.made(self.job_id, self.number, self.container, config, order.image)
 
-    async def _adopt(self, order: Order, request: dict[str, Any]) -> str:
-        found = await self._service.engine.inspect(self.name)
+    async def _adopt(self, request: dict[str, Any]) -> str:
+        """Take the container that has our name already: made by a server that did not live to write that down."""
+        engine = self._service.engine
+        found = await engine.inspect(self.name)
         labels = found["Config"].get("Labels") or {}
-        ours = ("gpujobs.server", "gpujobs.nonce", "gpujobs.config")
-        if any(labels.get(name) != request["Labels"][name] for name in ours):
+        ours = ("gpujobs.server", "gpujobs.nonce")
+        if any(labels.get(name) != request["Labels"][name] for name in ours) or found["State"]["Status"] != "created":
             raise Failed("server", f"there is a container {self.name} that is not the one made for this job")
-        return str(found["Id"])
+        if labels.get("gpujobs.config") == request["Labels"]["gpujobs.config"]:
+            return str(found["Id"])
+        await engine.remove(found["Id"])  # settings, groups or GPUs' neighbourhoods have changed since
+        return await engine.create(self.name, request)
 
     def _open_gate(self) -> None:
         # Read-write, so that opening never blocks, and held until the end: what is written stays for the init.
@@ -454,6 +516,11 @@ class Attempt:
             except EngineError as error:
                 logger.warning("%s did not get %s: %s", self.name, signal, error)
             return
+
+
+def sentence(error: GpujobsError) -> str:
+    """An error in one line: what happened, and what to do about it."""
+    return f"{error.message}. {error.hint}" if error.hint else error.message
 
 
 def remove_control(directory: Path) -> None:

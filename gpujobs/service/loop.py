@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gpujobs.adapters.engine import Engine, EngineError, Gone, seen_of
+from gpujobs.adapters.images import BuildLimits, Images
 from gpujobs.adapters.logfile import LogWriter
 from gpujobs.adapters.mounts import MountSource
 from gpujobs.adapters.store import Ledger, Store
@@ -38,11 +39,13 @@ from gpujobs.core.job import Allocation, Job, JobId, Owner
 from gpujobs.core.place import strangers
 from gpujobs.core.planning import as_row, plan
 from gpujobs.core.ports import Clock, GpuSource
+from gpujobs.core.pulls import Layer, Progress
 from gpujobs.core.queue import QueueState
 from gpujobs.core.reconcile import Action, Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, foreign, reconcile
 from gpujobs.core.spec import JobSpec
 from gpujobs.service.access import Directory
 from gpujobs.service.attempts import Attempt, name_of, remove_control, starting_state
+from gpujobs.service.contexts import WAIT_SECONDS, Contexts
 from gpujobs.service.faults import fault
 from gpujobs.settings import Settings
 
@@ -53,6 +56,9 @@ RECHECK_SECONDS = 2.0
 
 WRITE_AGAIN_SECONDS = 2.0
 """Between tries to write an end when the ledger's disk is full."""
+
+TELL_SECONDS = 0.25
+"""Between two wake-ups of who watches a pull or a build."""
 
 DIAGNOSED_LINES = 200
 DIAGNOSED_BYTES = 64 * 1024
@@ -100,6 +106,8 @@ class Service:
         self.directory = directory
         self.clock = clock
         self.timezone = timezone
+        self.images = Images(engine)
+        self.contexts = Contexts(store, paths.state / "contexts", clock)
         self.ceilings = engine.ceilings()
         self.inventory = Inventory(problem="the GPUs have not been looked at yet")
         self._gpus = gpus
@@ -112,6 +120,8 @@ class Service:
         self._strange: dict[str, Seen] = {}
         self._logs: dict[tuple[JobId, int], LogWriter] = {}
         self._notes: dict[JobId, str] = {}
+        self._progress: dict[JobId, tuple[Layer, ...]] = {}
+        self._to_tell: set[int] = set()
         self._writing = asyncio.Lock()
         self._woken = asyncio.Event()
         self._engine_answers = asyncio.Event()
@@ -129,6 +139,7 @@ class Service:
     async def start(self) -> None:
         """Read the ledger, compare it with the Engine, take up what runs. Nothing new starts before that."""
         await self.look(force=True)
+        await self.contexts.start()
         for job in await self.store.read(lambda ledger: ledger.active()):
             self._apply(job)
         since = self.clock.now()  # what happens from now on is told by events: nothing between the two is missed
@@ -138,6 +149,9 @@ class Service:
             self._spawn(self._finish_log(row), "log of an ended attempt")
         self._spawn(self._watch_engine(since), "engine events")
         self._spawn(self._tidy(), "tidy")
+        self._spawn(self._give_up_contexts(), "build contexts")
+        for number in self.contexts.numbers():
+            self._spawn(self._drop_contexts(number), f"build contexts of {number}")
         self.wake()
 
     async def run(self) -> None:
@@ -314,7 +328,10 @@ class Service:
             self._jobs[job.id] = job
         else:
             self._jobs.pop(job.id, None)
-        self._queue = self._queue.apply(job, shape_of(job.spec, self.inventory, self._host, self._policy))
+        if not (isinstance(job.state, jobs.Queued) and self.contexts.awaits(job)):
+            self._queue = self._queue.apply(job, shape_of(job.spec, self.inventory, self._host, self._policy))
+        if isinstance(job.state, jobs.Ended) and self.contexts.keeps(job.id.number):
+            self._spawn(self._drop_contexts(job.id.number), f"build contexts of {job.id.number}")
         for event in self._watchers.get(job.id.number, ()):
             event.set()
 
@@ -369,6 +386,8 @@ class Service:
                 return None
             return jobs.Starting(allocation=state.allocation, attempt=state.attempt)
 
+        self._notes.pop(job_id, None)
+        self._progress.pop(job_id, None)
         await self._must(lambda: self._change(job_id, to))
 
     async def made(self, job_id: JobId, attempt: int, container: str, config: str, image: Image) -> None:
@@ -384,8 +403,8 @@ class Service:
             )
         )
 
-    async def released(self, job_id: JobId, attempt: int) -> None:
-        """Its program is about to run."""
+    async def released(self, job_id: JobId, attempt: int) -> bool:
+        """Its program is about to run; False where its end was recorded first: then it must not."""
         now = self.clock.now()
 
         def to(job: Job) -> jobs.State | None:
@@ -400,6 +419,7 @@ class Service:
             )
         )
         self.wake()  # a time limit began
+        return not isinstance((await self.job(job_id)).state, jobs.Stopping)
 
     async def end(self, job_id: JobId, ending: Ending, exit_code: int | None) -> None:
         """It is over; what it held is free."""
@@ -426,6 +446,7 @@ class Service:
         )
         self._attempts.pop(job_id, None)
         self._notes.pop(job_id, None)
+        self._progress.pop(job_id, None)
         self.wake()
 
     async def explain_end(self, job_id: JobId, attempt: int, exit_code: int) -> None:
@@ -453,6 +474,32 @@ class Service:
         """What an active job is waiting for, shown with its row."""
         self._notes[job_id] = message
 
+    def progress(self, job_id: JobId, progress: Progress) -> None:
+        """How far its image is, shown with its row; who watches is told a few times a second at most."""
+        self._notes[job_id] = progress.text
+        self._progress[job_id] = progress.layers
+        if job_id.number not in self._to_tell:
+            self._to_tell.add(job_id.number)
+            asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell, job_id.number)
+
+    def _tell(self, number: int) -> None:
+        self._to_tell.discard(number)
+        for event in self._watchers.get(number, ()):
+            event.set()
+
+    def layers_of(self, job_id: JobId) -> tuple[Layer, ...]:
+        """The layers of the image that an active job waits for; empty where none is pulled."""
+        return self._progress.get(job_id, ())
+
+    def build_limits(self) -> BuildLimits:
+        """What a build may use on this machine."""
+        settings, host = self.settings, self._host
+        return BuildLimits(
+            memory=min(settings.build_memory, int(host.memory * (1 - settings.memory_reserve))),
+            cpus=min(settings.build_cpus, host.cpus),
+            seconds=settings.build_time,
+        )
+
     # -- what people ask for -----------------------------------------------------------------------------------
 
     async def submit(self, owner: Owner, files: list[tuple[str, str, list[tuple[int | None, JobSpec]]]]) -> list[list[Job]]:
@@ -469,15 +516,56 @@ class Service:
             check_possible(shape, view)
         fault("submission-received")
         now = self.clock.now()
-        made = await self.store.change(
-            lambda ledger: [ledger.submit(owner, now, file, text, specs) for file, text, specs in files]
-        )
+        asked: list[tuple[int, list[tuple[str, str, str]]]] = []
+
+        def commit(ledger: Ledger) -> list[list[Job]]:
+            made = [ledger.submit(owner, now, file, text, specs) for file, text, specs in files]
+            numbers = [group[0].id.number for group in made]
+            asked[:] = [
+                (number, self.contexts.ask(ledger, number, [job.spec for job in group], now))
+                for number, group in zip(numbers, made, strict=True)
+            ]
+            return made
+
+        made = await self.store.change(commit)
         fault("submission-committed")
+        for number, contexts in asked:
+            self.contexts.asked(number, contexts, now)
         for group in made:
             for job in group:
                 self._apply(job)
         self.wake()
         return made
+
+    async def context_came(self, number: int) -> None:
+        """A build context of a submission is here: the jobs that waited for it take their places in the queue."""
+        for job in await self.store.read(lambda ledger: ledger.submission(number)):
+            if isinstance(job.state, jobs.Queued):
+                self._apply(job)
+        self.wake()
+
+    async def _give_up_contexts(self) -> None:
+        """Fail the jobs whose build contexts nobody sends."""
+        while True:
+            self.contexts.changed.clear()
+            for number in self.contexts.overdue():
+                for job in await self.store.read(lambda ledger, number=number: ledger.submission(number)):  # type: ignore[misc]
+                    if isinstance(job.state, jobs.Queued) and self.contexts.awaits(job):
+                        words = f"its build context did not come within {WAIT_SECONDS / 60:g} minutes"
+                        await self._must(lambda job=job, words=words: self.stop(job.id, "image", words))  # type: ignore[misc]
+                await self._drop_contexts(number)
+            due = self.contexts.next_deadline()
+            try:
+                async with asyncio.timeout(None if due is None else max(0.1, due - self.clock.now())):
+                    await self.contexts.changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _drop_contexts(self, number: int) -> None:
+        """Remove what is kept for a submission whose jobs have all ended."""
+        found = await self.store.read(lambda ledger: ledger.submission(number))
+        if all(isinstance(job.state, jobs.Ended) for job in found):
+            await self._must(lambda: self.contexts.forget(number))
 
     async def rerun(self, found: list[Job]) -> list[Job]:
         """Take the jobs of one submission in again, each with the image that its last attempt ran.

@@ -21,7 +21,9 @@ def row(service: Service, job: Job, explainer: Explainer) -> Row:
     """One row of ``ps``."""
     state = job.state
     reason, message = getattr(state, "reason", ""), getattr(state, "message", "")
-    if isinstance(state, Queued):
+    if isinstance(state, Queued) and service.contexts.awaits(job):
+        reason, message = "image", "waits for its build context"
+    elif isinstance(state, Queued):
         wait = explainer.why(job.id)
         reason, message = wait.reason, wait.message
     elif not isinstance(state, Ended) and not message:
@@ -44,6 +46,11 @@ def row(service: Service, job: Job, explainer: Explainer) -> Row:
         "exit_code": getattr(state, "exit_code", None),
         "attempt": getattr(state, "attempt", 0),
         "estimated_start": None,
+        "progress": [
+            {"layer": layer.id, "status": layer.status, "current": layer.current, "total": layer.total}
+            for layer in service.layers_of(job.id)
+        ]
+        or None,
     }
 
 

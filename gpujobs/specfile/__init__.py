@@ -181,7 +181,10 @@ class _Reading:
 
         def change(words: str) -> str:
             new = interpolate(words, self._context.variables)
-            return words if new is words else type(words)(new)
+            if new is words:
+                return words
+            # `NAME: ${NAME:-}` is the empty text, as in Compose, and not a key without a value.
+            return type(words)(new) if new else new
 
         for key, item in value.items():
             result[key] = item

@@ -187,8 +187,8 @@ class Server:
         if ledger.exists():
             with closing(sqlite3.connect(ledger)) as connection:
                 row = connection.execute("SELECT value FROM meta WHERE name = 'server'").fetchone()
-            left = engine.docker("ps", "--all", "--quiet", "--filter", f"name=^gpujobs-{row[0]}-").split() if row else []
-            if left:
+            ours = ("--filter", f"name=^gpujobs-{row[0]}-") if row else ("--filter", "name=^$")
+            if left := engine.docker("ps", "--all", "--quiet", *ours).split():
                 engine.docker("rm", "--force", "--volumes", *left)
 
     # -- asking it ---------------------------------------------------------------------------------------------

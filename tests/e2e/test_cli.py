@@ -85,10 +85,8 @@ def test_gpus_tells_who_has_what(
     row = server.job(job)
     machine.gpus[row["gpu_indices"][0]].processes = [nvml.Process(pid := _pid(server, row), memory=1 << 30)]
     machine.write(nvml_state)
-    shown: dict[str, Any] = wait_for(
-        lambda: found if any(gpu["processes"] for gpu in (found := server.cli("gpus", "--json").json)["gpus"]) else None,
-        "the process is seen",
-    )
+    wait_for(lambda: any(gpu["processes"] for gpu in server.get("/gpus")["gpus"]), "the process is seen")
+    shown: dict[str, Any] = server.cli("gpus", "--json").json
     assert shown["simulated"] is False
     assert len(shown["gpus"]) == 8
     assert all(set(gpu) >= GPU for gpu in shown["gpus"])
@@ -139,7 +137,9 @@ def test_what_is_wrong_with_a_file_is_told_with_positions_all_at_once_and_nothin
     assert done.code == 2, done
 
 
-def test_of_several_files_with_one_mistake_none_is_launched(server: Server, machine: nvml.Machine, place: Place) -> None:
+def test_of_several_files_with_one_mistake_none_is_launched(
+    server: Server, machine: nvml.Machine, place: Place
+) -> None:
     known = len(server.jobs())
     (place.path / "good.yaml").write_bytes(spec(script="true"))
     (place.path / "bad.yaml").write_text("name: bad\n")
@@ -151,7 +151,7 @@ def test_of_several_files_with_one_mistake_none_is_launched(server: Server, mach
 
 @pytest.mark.parametrize("command", ["show", "logs", "wait", "cancel"])
 def test_an_id_that_is_not_there_is_bad_input(server: Server, machine: nvml.Machine, command: str) -> None:
-    for job in ("99999", "0", "x; rm -rf /", "12_x", ""):
+    for job in ("99999", "x; rm -rf /", ""):
         done = server.cli(command, job)
         assert (done.code, done.out) == (2, b""), done
         assert done.words.startswith("gpujobs: "), done

@@ -50,8 +50,8 @@ def test_both_streams_come_back_byte_for_byte_through_run_and_logs(
 
 
 def test_a_log_is_followed_live_and_to_its_end(server: Server, machine: nvml.Machine, volume: Path) -> None:
-    job = server.submit(volumes=[f"{volume}:/v"],
-                        script="echo one; while [ ! -e /v/go ]; do sleep 0.05; done; printf two; echo no >&2; exit 3")  # fmt: skip
+    script = "echo one; while [ ! -e /v/go ]; do sleep 0.05; done; printf two; echo no >&2; exit 3"
+    job = server.submit(script=script, volumes=[f"{volume}:/v"])
     follower = subprocess.Popen([GPUJOBS, "logs", "-f", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
                                 env={"GPUJOBS_HOST": server.host, "HOME": "/root"})  # fmt: skip
     assert follower.stdout is not None
@@ -65,8 +65,8 @@ def test_a_log_is_followed_live_and_to_its_end(server: Server, machine: nvml.Mac
 def test_a_log_is_followed_across_the_death_of_its_server(
     server: Server, machine: nvml.Machine, volume: Path
 ) -> None:
-    job = server.submit(volumes=[f"{volume}:/v"], script="n=0; while [ ! -e /v/go ]; do n=$$((n+1)); echo $$n; sleep 0.05;"
-                        " done; echo $$n > /v/last")  # fmt: skip
+    script = "n=0; while [ ! -e /v/go ]; do n=$$((n+1)); echo $$n; sleep 0.05; done; echo $$n > /v/last"
+    job = server.submit(script=script, volumes=[f"{volume}:/v"])
     wait_for(lambda: server.job(job)["state"] == "running", "it runs")
     follower = subprocess.Popen([GPUJOBS, "logs", "-f", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
                                 env={"GPUJOBS_HOST": server.host, "HOME": "/root"})  # fmt: skip

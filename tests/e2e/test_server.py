@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import stat
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import DOCKER_GROUP, membership
-from tests.e2e.harness import BUSYBOX, GPUJOBS, Done, Place, Server, openings, run, spec, wait_for
+from tests.e2e.harness import GPUJOBS, Done, Place, Server, run, spec, wait_for
 from tests.lab import nvml
 from tests.lab.accounts import Account
-from tests.lab.engine import Daemon, Engine
+from tests.lab.engine import Daemon
 
 MakeServer = Callable[..., Server]
 
@@ -70,8 +69,8 @@ def test_a_stop_lets_containers_run_and_the_next_server_takes_them_up(
 ) -> None:
     volume = place.volume(alice)
     server = make_server().start()
-    job = server.submit(gpus=2, volumes=[f"{volume}:/v"],
-                        script="echo one; touch /v/up; while [ ! -e /v/go ]; do sleep 0.05; done; echo two; exit 4")  # fmt: skip
+    script = "echo one; touch /v/up; while [ ! -e /v/go ]; do sleep 0.05; done; echo two; exit 4"
+    job = server.submit(gpus=2, script=script, volumes=[f"{volume}:/v"])
     wait_for((volume / "up").exists, "it runs")
     started = server.job(job)["started_at"]
     assert server.stop() == 0

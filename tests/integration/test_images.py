@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,8 +245,8 @@ def test_a_step_beyond_the_memory_limit_is_ended_and_told_as_that(builder: Build
 
 def test_a_step_has_the_cpus_and_processes_of_its_limits(builder: Builder) -> None:
     builder(
-        f"FROM {BASE}\nRUN set -e; if [ -e /sys/fs/cgroup/cpu.max ]; then p=/sys/fs/cgroup/pids.max; c=/sys/fs/cgroup/cpu.max; "
-        "else p=/sys/fs/cgroup/pids/pids.max; c=/sys/fs/cgroup/cpu/cpu.cfs_quota_us; fi; "
+        f"FROM {BASE}\nRUN set -e; cd /sys/fs/cgroup; if [ -e cpu.max ]; then p=pids.max; c=cpu.max; "
+        "else p=pids/pids.max; c=cpu/cpu.cfs_quota_us; fi; "
         "echo cpu $(cat $c); until [ $(cat $p) = 4096 ]; do usleep 20000; done; echo pids $(cat $p)\n",
         limits=BuildLimits(memory=256 << 20, cpus=0.5, seconds=30.0),
     )
@@ -414,12 +415,12 @@ def test_pulls_of_one_image_at_the_same_time_are_one(absent: Served, builder: Bu
     async def work(images: Images) -> list[Image]:
         return await asyncio.gather(*(images.pull(absent.image, told.append) for told in heard))
 
-    before = subprocess.check_output(["date", "+%s"], text=True).strip()
+    before = f"{time.time():.9f}"
     pulled = builder.on_loop(work)
     assert len({image.id for image in pulled}) == 1
     assert heard[0] == heard[1] == heard[2]
     assert len(heard[0]) > 1
-    until = str(int(subprocess.check_output(["date", "+%s"], text=True)) + 1)
+    until = f"{time.time() + 0.2:.9f}"
     events = docker("events", "--since", before, "--until", until, "--filter", "event=pull").splitlines()
     assert len(events) == 1
 
@@ -471,11 +472,15 @@ def failing_pull(builder: Builder, reference: str) -> tuple[type[Exception], str
 def test_a_registry_that_is_not_there_is_told_as_that(builder: Builder) -> None:
     kind, message, hint = failing_pull(builder, "registry.nowhere.invalid/team/image:1")
     assert kind is Unavailable
-    assert message == "the registry registry.nowhere.invalid of the image registry.nowhere.invalid/team/image:1 is not found: no such host"
+    assert message == (
+        "the registry registry.nowhere.invalid of the image registry.nowhere.invalid/team/image:1 is not found: "
+        "no such host"
+    )
     assert "DNS" in hint
     kind, message, hint = failing_pull(builder, "127.0.0.1:9/team/image:1")
     assert (kind, message) == (
-        Unavailable, "nobody answers at the registry 127.0.0.1:9 of the image 127.0.0.1:9/team/image:1: connection refused",
+        Unavailable,
+        "nobody answers at the registry 127.0.0.1:9 of the image 127.0.0.1:9/team/image:1: connection refused",
     )  # fmt: skip
 
 
@@ -491,7 +496,7 @@ def test_an_invalid_name_is_told_without_asking_anybody(builder: Builder) -> Non
     for wrong in ("Team/Image:1", "a//b", "x:" + "t" * 200, "../containers/abc", "x?y=1"):
         kind, message, _ = failing_pull(builder, wrong)
         assert kind is InvalidInput
-        assert wrong[:20] in message
+        assert "is not a" in message
         with pytest.raises(InvalidInput):
             builder.on_loop(lambda images, wrong=wrong: images.local(wrong, ALICE))
         with pytest.raises(InvalidInput, match="^Dockerfile:"):
@@ -502,7 +507,10 @@ def test_a_registry_that_wants_a_login_is_told_as_that(builder: Builder, tmp_pat
     with registry(tmp_path / "locked", login=True) as address:
         kind, message, hint = failing_pull(builder, f"{address}/team/image:1")
     assert kind is Refused
-    assert message == f"the registry {address} does not give out the image {address}/team/image:1: it does not exist there, or needs a login"
+    assert message == (
+        f"the registry {address} does not give out the image {address}/team/image:1: it does not exist there, "
+        "or needs a login"
+    )
     assert "gpujobs logs in nowhere" in hint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import random
 import resource
@@ -480,5 +481,10 @@ def test_the_loop_stays_free_while_a_log_is_read_at_full_speed(containers: Conta
         task.cancel()
         log.close()
 
-    asyncio.run(scenario())
+    gc.collect()
+    gc.freeze()  # as the server does once it has loaded: a collection of all that pytest holds is not ours
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.unfreeze()
     assert worst < 0.02

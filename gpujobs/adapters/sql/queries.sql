@@ -72,3 +72,23 @@ SELECT min(ended_at) AS ended_at FROM attempts WHERE removed = 0 AND ended_at IS
 
 -- name: open_logs
 SELECT * FROM attempts WHERE log_closed = 0 AND container IS NOT NULL AND removed = 0 AND ended_at IS NOT NULL;
+
+-- name: add_context
+INSERT INTO contexts (number, key, context, dockerfile, deadline)
+VALUES (:number, :key, :context, :dockerfile, :deadline);
+
+-- name: kept_contexts
+SELECT * FROM contexts WHERE removed = 0 ORDER BY number, key;
+
+-- name: set_context_received
+UPDATE contexts SET received = 1 WHERE number = :number AND key = :key;
+
+-- name: set_context_removed
+UPDATE contexts SET removed = 1 WHERE number = :number AND key = :key;
+
+-- name: add_build
+INSERT INTO builds (number, build, image) VALUES (:number, :build, :image)
+ON CONFLICT (number, build) DO UPDATE SET image = excluded.image;
+
+-- name: submission_builds
+SELECT build, image FROM builds WHERE number = :number;

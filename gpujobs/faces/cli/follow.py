@@ -13,6 +13,7 @@ from functools import partial
 from typing import BinaryIO, TypeVar
 
 from gpujobs.faces.cli.common import output_closed, tell
+from gpujobs.faces.cli.pulls import PullView
 from gpujobs.faces.client import Client, Row, has_ended, id_of
 from gpujobs.faces.render import state_line
 from gpujobs.faces.words import clean
@@ -144,6 +145,7 @@ class Follower:
     _logs: set[tuple[str, int]] = field(default_factory=set)
     _named: set[str] = field(default_factory=set)
     _open: int = 0
+    _pulls: PullView = field(default_factory=PullView)
 
     def follow(self, jobs: list[str]) -> list[Row]:
         """Follow them to their ends.
@@ -158,6 +160,14 @@ class Follower:
         self._named = set(jobs)
         for job in jobs:
             self._start(self.client.watch(job), self._row, lambda: None)
+        try:
+            self._until_all_ended()
+        finally:
+            self._pulls.pause()
+        self.printer.flush()
+        return in_order(self._rows, jobs)
+
+    def _until_all_ended(self) -> None:
         while self._open:
             try:
                 happened = self._events.get_nowait()
@@ -165,8 +175,6 @@ class Follower:
                 self.printer.flush()
                 happened = self._events.get()
             happened()
-        self.printer.flush()
-        return in_order(self._rows, jobs)
 
     def _row(self, row: Row) -> None:
         """A job is in a new state: tell of it, and read the log of an attempt that begins."""
@@ -176,19 +184,28 @@ class Follower:
         # An element of an array that was asked for as a whole is named, also where it is the only one.
         self.printer.prefixed = self.printer.prefixed or job not in self._named
         number = self.attempt or int(row.get("attempt") or 0)
-        running = row.get("state") not in ("queued", "pulling") and int(row.get("attempt") or 0) > 0
+        running = row.get("state") != "queued" and int(row.get("attempt") or 0) > 0  # a build's output comes before
         if running and (job, number) not in self._logs:
             self._logs.add((job, number))
             batches = self.client.log_batches(
                 job, follow=True, attempt=number, since=self.since, tail=self.tail if first else None
             )
-            self._start(batches, partial(self.printer.records, job), partial(self.printer.end, job))
+            self._start(batches, partial(self._records, job), partial(self.printer.end, job))
+        if row.get("state") == "pulling":
+            if self.progress and row.get("index") is None and self._pulls.show(job, row):
+                return
+        else:
+            self._pulls.pause()
         if self.progress and not has_ended(row):
             line = state_line(row)
             if self._told.get(job) != line and (row.get("index") is None or row.get("state") == "running"):
                 self._told[job] = line
                 self.printer.flush()
                 tell(f"job {clean(job)} {line}")
+
+    def _records(self, job: str, records: list[LogRecord]) -> None:
+        self._pulls.pause()
+        self.printer.records(job, records)
 
     def _start(self, source: Iterable[T], show: Callable[[T], None], end: Callable[[], None]) -> None:
         """Read a source in a thread of its own; what comes, and its end, is shown by the main thread."""

@@ -21,6 +21,7 @@ from gpujobs.faces.cli.common import (
 )
 from gpujobs.faces.cli.follow import Follower, Printer, in_order
 from gpujobs.faces.cli.ids import active_ids, all_ids
+from gpujobs.faces.cli.pulls import send_contexts
 from gpujobs.faces.client import Row, exit_code_of, id_of
 from gpujobs.faces.words import clean, end_sentence
 
@@ -75,6 +76,7 @@ def run(context: typer.Context, files: Files, run_as: RunAs = None) -> int:
     answer = server.submit(files, run_as=run_as)
     jobs = _submitted(answer)
     _tell_notes(answer)
+    send_contexts(server, answer)
     try:
         rows = Follower(server, Printer(prefixed=len(jobs) > 1), progress=True).follow(jobs)
     except KeyboardInterrupt:
@@ -119,7 +121,8 @@ def submit(
     run_as: RunAs = None,
 ) -> int:
     """Submit jobs and return once they are safely recorded: all of them or, with a mistake in one, none."""
-    answer = ready_client(context).submit(files, run_as=run_as)
+    server = ready_client(context)
+    answer = server.submit(files, run_as=run_as)
     jobs = _submitted(answer)
     if json:
         emit_json(answer)
@@ -129,6 +132,7 @@ def submit(
         said = answer.get("message") or f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)} submitted"
         _tell_notes(answer)
         emit(f"{clean(said)}\n")
+    send_contexts(server, answer)
     return OK
 
 

@@ -11,6 +11,7 @@ import typer
 from gpujobs.core.errors import OK, Refused
 from gpujobs.faces.cli.common import client, emit, emit_grid, emit_json, ready_client, tell, terminal_width
 from gpujobs.faces.cli.ids import all_ids
+from gpujobs.faces.cli.pulls import send_contexts
 from gpujobs.faces.grid import Cell, Column, Grid
 from gpujobs.faces.words import clean
 
@@ -115,7 +116,8 @@ def rerun(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Submit a job again as it was: the same specification, and the same image by its digest."""
-    answer = client().rerun(job)
+    server = client()
+    answer = server.rerun(job)
     new = answer["jobs"][0]["id"]
     if json:
         emit_json(answer)
@@ -123,4 +125,5 @@ def rerun(
         emit(f"{new}\n")
     else:
         emit(f"job {new} submitted, as job {clean(job)} was\n")
+    send_contexts(server, answer, of=job)
     return OK
