@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from gpujobs.adapters import buildtar
-from gpujobs.adapters.engine import Engine, EngineError
+from gpujobs.adapters.engine import Engine
 from gpujobs.adapters.enginepost import posted
 from gpujobs.core.dockerfile import OWNER_LABEL
 from gpujobs.core.errors import GpujobsError, Unavailable
 from gpujobs.core.job import Owner
+from gpujobs.core.ports import EngineError
 from gpujobs.core.pulls import Progress
 from gpujobs.core.spec import Build
 

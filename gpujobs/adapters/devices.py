@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpujobs.adapters.engine import Engine, EngineError
+from gpujobs.adapters.engine import Engine
 from gpujobs.core.errors import Unavailable
+from gpujobs.core.ports import EngineError
 
 MAJOR = 195
 """The NVIDIA driver's character device number: Documentation/admin-guide/devices.txt of Linux."""

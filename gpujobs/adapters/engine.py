@@ -26,6 +26,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from gpujobs.core.container import Image
 from gpujobs.core.errors import InvalidInput, Refused, Unavailable
 from gpujobs.core.facts import EngineFacts
+from gpujobs.core.ports import Conflict, EngineAway, EngineError, Gone
 from gpujobs.core.reconcile import Seen
 
 T = TypeVar("T")
@@ -38,22 +39,6 @@ THREADS = 8
 _CAP_SYS_RESOURCE = 24
 _LIMITS = {"memlock": "Max locked memory", "stack": "Max stack size", "core": "Max core file size",
            "nofile": "Max open files", "nproc": "Max processes"}  # fmt: skip
-
-
-class EngineAway(Unavailable):
-    """The Engine does not answer: whatever was asked of it can be asked again when it does."""
-
-
-class EngineError(Exception):
-    """The Engine answered that it will not: its own sentence."""
-
-
-class Gone(EngineError):
-    """There is no such container or image."""
-
-
-class Conflict(EngineError):
-    """The name is taken, or the container is in another state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

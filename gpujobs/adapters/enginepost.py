@@ -15,8 +15,9 @@ from contextlib import asynccontextmanager
 from typing import Any, BinaryIO
 from urllib.parse import urlencode
 
-from gpujobs.adapters.engine import Conflict, EngineError, Gone, unreachable
+from gpujobs.adapters.engine import unreachable
 from gpujobs.adapters.enginesocket import API, parse_host
+from gpujobs.core.ports import Conflict, EngineError, Gone
 
 Event = Mapping[str, Any]
 """One line of the answer, such as ``{"status": …}``, ``{"stream": …}`` or ``{"error": …}``."""

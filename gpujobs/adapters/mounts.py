@@ -23,12 +23,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from gpujobs.core.errors import InvalidInput, Refused, Unavailable
 from gpujobs.core.job import Owner
+from gpujobs.core.ports import MountHeld, Pin
 
 TIME_LIMIT = 10.0
 """Seconds that one look at a path may take before its file server counts as gone."""
@@ -41,86 +41,6 @@ _GRACE = 5.0  # beyond the helper's own limit, after which the helper itself mus
 _BUFFER = 256 * 1024
 _ROOT = Path(__file__).resolve().parents[2]
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from gpujobs.adapters.mounts_helper import main; "
-
-
-class MountHeld(Unavailable):
-    """The path cannot be used just now: its file server is silent or in trouble. The job can wait for it."""
-
-    @property
-    def reason(self) -> str:
-        """The sentence for people."""
-        return self.message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pin:
-    """What a container is given as the source of a bind mount.
-
-    Attributes:
-        path: For the Engine.
-        device: The file's ``st_dev``.
-        inode: The file's ``st_ino``.
-        kind: A directory or a regular file.
-        read_only: Whether it is to be read only; a pin of ``Mounts`` is so by itself.
-    """
-
-    path: str
-    device: int
-    inode: int
-    kind: Literal["dir", "file"]
-    read_only: bool
-
-
-class MountSource(Protocol):
-    """Whatever opens paths in a user's name. All errors are sentences that name the path.
-
-    Every method that takes an owner raises ``Refused`` (no permission, or never to be given to a job),
-    ``InvalidInput`` (nothing there, or no absolute path) and ``MountHeld`` (the file server is silent).
-    """
-
-    @property
-    def note(self) -> str:
-        """How mounts are made here, in a sentence for people."""
-
-    @property
-    def read_only_itself(self) -> bool:
-        """Whether a read-only pin is so by itself: the Engine's own remount would drop nosuid and nodev from it."""
-
-    async def pin(self, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
-        """Make ``source`` ready as a bind mount's source under ``name``, replacing what had that name.
-
-        Args:
-            owner: Who must be able to read it: a directory of ``r-x``, a file of ``r--``. Links are followed.
-            source: The absolute path of a directory or a regular file.
-            read_only: Whether the container must not write, in submounts neither.
-            name: The caller's, ``[A-Za-z0-9][A-Za-z0-9_.-]*``.
-        """
-
-    async def check(self, pin: Pin) -> bool:
-        """Whether the very same file is still there: to be asked before each start of a container.
-
-        Raises:
-            MountHeld: Its file server is silent.
-        """
-
-    async def unpin(self, name: str) -> None:
-        """Remove a pin; containers that run keep theirs. Nothing happens where there is none.
-
-        Raises:
-            MountHeld: An earlier attempt at that name still hangs.
-        """
-
-    def list(self) -> tuple[str, ...]:
-        """The names of all pins, those of earlier servers among them, sorted."""
-
-    async def make_directory(self, owner: Owner, path: str, mode: int = 0o700) -> None:
-        """Make a directory, and those above it that are missing, as the owner; one that is there stays."""
-
-    async def read_file(self, owner: Owner, path: str, limit: int) -> bytes:
-        """The content of a regular file that the owner may read, of at most ``limit`` bytes."""
-
-    async def close(self) -> None:
-        """End the helper; pins stay."""
 
 
 class _Helper:

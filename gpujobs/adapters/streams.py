@@ -30,6 +30,7 @@ from gpujobs.adapters.enginesocket import Answer, Backoff, Demultiplexer, NotFou
 from gpujobs.adapters.logalign import INDEX_RECORDS, Aligner, Index, State, index
 from gpujobs.adapters.logfile import LogWriter
 from gpujobs.adapters.lognewlines import Newlines, ended_line, newline
+from gpujobs.core.ports import Disconnected, EngineEvent, LogEnd, Reconnected
 from gpujobs.logwire import LogRecord
 
 logger = logging.getLogger(__name__)
@@ -61,50 +62,6 @@ _OVERLAP_MESSAGES = 4096
 _TURNS_AFTER_END = 10
 """An ended container's log does not grow: two turns show that all is stored. More of them would write for ever."""
 _ALL_MESSAGES = 8_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class EngineEvent:
-    """Something that happened in the Engine: a hint to look, the truth is what inspecting says.
-
-    Attributes:
-        time_ns: When, in ns since the epoch, by the Engine's clock.
-        type: ``container``, ``volume``, ``network``, ``image`` …
-        action: ``die``, ``start``, ``destroy``, ``oom`` …
-        id: Of the container, or the name of the volume or network.
-        attributes: Labels and, for ``die``, ``exitCode``.
-    """
-
-    time_ns: int
-    type: str
-    action: str
-    id: str
-    attributes: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnected:
-    """The Engine does not answer; it is tried again until `Reconnected`."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reconnected:
-    """The Engine answers again: events may have been missed, so list and inspect."""
-
-
-@dataclass(frozen=True, slots=True)
-class LogEnd:
-    """A container's log has come to its end.
-
-    Attributes:
-        gone: The container was removed before its end had been read: the end may be missing.
-        gaps: Gap records that were written by this call.
-    """
-
-    gone: bool
-    gaps: int
 
 
 async def engine_events(

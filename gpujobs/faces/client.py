@@ -115,7 +115,9 @@ class Client:
         """Submit a job or an array again as it was."""
         return self._call("POST", f"/jobs/{_path(job)}/rerun")
 
-    def send_context(self, entry: Mapping[str, Any], told: Callable[[int, int], None] = lambda _packed, _all: None) -> None:
+    def send_context(
+        self, entry: Mapping[str, Any], told: Callable[[int, int], None] = lambda _packed, _all: None
+    ) -> None:
         """Pack a directory and send it as the build context that a submission's answer asks for.
 
         Args:

@@ -99,6 +99,8 @@ def state_line(row: Mapping[str, Any]) -> str:
             return f"running on GPU {_ranges(indices)}"
         return "running" + (f" on {len(held)} GPU{'s' * (len(held) > 1)}" if held else "")
     why = _why(row)
+    if state == "pulling" and why.startswith(("pulling ", "building")):
+        return why
     return f"{state}: {why}" if why else state
 
 

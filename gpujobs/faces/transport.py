@@ -172,7 +172,7 @@ class Sink:
 
     def _flush(self) -> None:
         if self._pending:
-            self._connection.send(b"%x\r\n%b\r\n" % (len(self._pending), self._pending))
+            self._connection.send(b"%x\r\n%b\r\n" % (len(self._pending), bytes(self._pending)))
             self._pending.clear()
 
 

@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpujobs.adapters import devices
-from gpujobs.adapters.engine import Conflict, EngineAway, EngineError, Gone
 from gpujobs.adapters.logfile import LogWriter
-from gpujobs.adapters.mounts import MountHeld
 from gpujobs.adapters.streams import LOG_CONFIG, follow_log
 from gpujobs.core import job as jobs
 from gpujobs.core.container import (
@@ -41,6 +39,7 @@ from gpujobs.core.endings import Ending, ending_of
 from gpujobs.core.errors import GpujobsError, Refused, Unavailable
 from gpujobs.core.job import Allocation, Job
 from gpujobs.core.planning import source_of
+from gpujobs.core.ports import Conflict, EngineAway, EngineError, Gone, MountHeld
 from gpujobs.service.access import group_names
 from gpujobs.service.faults import fault
 

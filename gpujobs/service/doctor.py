@@ -29,7 +29,7 @@ from pathlib import Path
 from gpujobs import init, places
 from gpujobs import settings as configuration
 from gpujobs.adapters import enginelock, ledgercheck, mounts_kernel, nvmlsession
-from gpujobs.adapters.engine import Engine, EngineError, default_host
+from gpujobs.adapters.engine import Engine, default_host
 from gpujobs.adapters.nvml import Nvml
 from gpujobs.adapters.probes import MOST_BYTES, head_of, output_of, within
 from gpujobs.core import checkup, toolkit
@@ -48,6 +48,7 @@ from gpujobs.core.facts import (
 )
 from gpujobs.core.finding import Report
 from gpujobs.core.inventory import Health
+from gpujobs.core.ports import EngineError
 from gpujobs.service.access import peer_of
 
 ENGINE_SECONDS = 5

@@ -21,12 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpujobs.adapters.engine import Engine, EngineError, Gone, seen_of
+from gpujobs.adapters.engine import Engine, seen_of
 from gpujobs.adapters.images import BuildLimits, Images
 from gpujobs.adapters.logfile import LogWriter
-from gpujobs.adapters.mounts import MountSource
 from gpujobs.adapters.store import Ledger, Store
-from gpujobs.adapters.streams import Disconnected, EngineEvent, Reconnected, engine_events, follow_log
+from gpujobs.adapters.streams import engine_events, follow_log
 from gpujobs.core import job as jobs
 from gpujobs.core.container import Image, container_name, cpus_near
 from gpujobs.core.decide import Host, Policy, Start, Stop, View, check_possible, decide, next_deadline, shape_of
@@ -38,7 +37,7 @@ from gpujobs.core.inventory import Inventory
 from gpujobs.core.job import Allocation, Job, JobId, Owner
 from gpujobs.core.place import strangers
 from gpujobs.core.planning import as_row, plan
-from gpujobs.core.ports import Clock, GpuSource
+from gpujobs.core.ports import Clock, Disconnected, EngineError, EngineEvent, Gone, GpuSource, MountSource, Reconnected
 from gpujobs.core.pulls import Layer, Progress
 from gpujobs.core.queue import QueueState
 from gpujobs.core.reconcile import Action, Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, foreign, reconcile

@@ -26,12 +26,12 @@ from gpujobs import init, places
 from gpujobs import settings as configuration
 from gpujobs.adapters import enginelock
 from gpujobs.adapters.engine import Engine, EngineInfo, default_host
-from gpujobs.adapters.mounts import Mounts, MountSource, PlainMounts
+from gpujobs.adapters.mounts import Mounts, PlainMounts
 from gpujobs.adapters.nvml import Nvml
 from gpujobs.adapters.store import Ledger, Store
 from gpujobs.core.decide import Host
 from gpujobs.core.errors import GpujobsError, InvalidInput, Refused, Unavailable
-from gpujobs.core.ports import GpuSource
+from gpujobs.core.ports import GpuSource, MountSource
 from gpujobs.service.access import Directory, peer_of
 from gpujobs.service.api import application
 from gpujobs.service.attempts import install_init

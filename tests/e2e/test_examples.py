@@ -153,7 +153,7 @@ def test_the_image_is_built_on_the_base_that_was_named_and_run(
     server: Server, machine: nvml.Machine, repository: Path, alice: Account
 ) -> None:
     job = submitted(server, repository / "examples/build/job.yaml", BASE=images.PYTHON)
-    row = server.ended(job, timeout=300)
+    row = server.ended(job, timeout=200)
     words = output(server, job)
     assert row["state"] == "succeeded", (row["message"], words)
     assert re.search(rf"^Python 3\.[0-9.]+ of /opt/venv, in /workspace, uid {alice.uid}$", words, re.MULTILINE)

@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 
-from gpujobs.adapters.engine import Engine, Gone
+from gpujobs.adapters.engine import Engine
 from gpujobs.adapters.images import BuildFailed, BuildLimits, Images
 from gpujobs.core.container import Image
 from gpujobs.core.errors import InvalidInput, Refused, Unavailable
 from gpujobs.core.job import Owner
+from gpujobs.core.ports import Gone
 from gpujobs.core.pulls import Progress
 from gpujobs.core.spec import Build
 from tests.e2e.harness import wait_for

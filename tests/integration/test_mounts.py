@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from gpujobs.adapters.mounts import MountHeld, Mounts, Pin, PlainMounts
+from gpujobs.adapters.mounts import Mounts, PlainMounts
 from gpujobs.core.errors import InvalidInput, Refused, Unavailable
 from gpujobs.core.job import Owner
+from gpujobs.core.ports import MountHeld, Pin
 from tests.lab import accounts, images
 from tests.lab import engine as lab
 from tests.lab.accounts import Account, command_as, run_as

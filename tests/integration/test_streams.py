@@ -18,17 +18,9 @@ from pathlib import Path
 import pytest
 
 from gpujobs.adapters.logfile import LogReader, LogWriter
-from gpujobs.adapters.streams import (
-    LOG_CONFIG,
-    Disconnected,
-    EngineEvent,
-    LogEnd,
-    Reconnected,
-    engine_events,
-    follow_log,
-    parse_host,
-)
+from gpujobs.adapters.streams import LOG_CONFIG, engine_events, follow_log, parse_host
 from gpujobs.core import errors
+from gpujobs.core.ports import Disconnected, EngineEvent, LogEnd, Reconnected
 from gpujobs.logwire import GAP, STDERR, STDOUT, LogRecord
 from tests.lab import engine as lab
 from tests.lab import images
