@@ -294,6 +294,8 @@ def _largest(found: list[Entry]) -> list[tuple[str, int]]:
     """The largest directories and files at the top, and where one has nearly all, those in it."""
     sizes: dict[str, int] = {}
     for entry in found:
+        if stat.S_ISDIR(entry.status.st_mode):
+            continue
         parts = entry.name.split("/")
         for depth in range(1, len(parts) + 1):
             name = "/".join(parts[:depth]) + "/" * (depth < len(parts))

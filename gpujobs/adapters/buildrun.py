@@ -8,7 +8,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from gpujobs.adapters import buildtar
@@ -17,7 +16,7 @@ from gpujobs.adapters.enginepost import posted
 from gpujobs.core.dockerfile import OWNER_LABEL
 from gpujobs.core.errors import GpujobsError, Unavailable
 from gpujobs.core.job import Owner
-from gpujobs.core.ports import EngineError
+from gpujobs.core.ports import BuildLimits, EngineError
 from gpujobs.core.pulls import Progress
 from gpujobs.core.spec import Build
 
@@ -55,15 +54,6 @@ class BuildFailed(GpujobsError):
         self.step = step
         self.exit_code = exit_code
         self.tail = tail
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildLimits:
-    """What each step of a build may use: bytes of memory, CPUs; and the seconds that all of it may take."""
-
-    memory: int
-    cpus: float
-    seconds: float
 
 
 class Run:

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from gpujobs.adapters import buildtar
-from gpujobs.adapters.buildrun import BuildFailed, BuildLimits, Run
+from gpujobs.adapters.buildrun import BuildFailed, Run
 from gpujobs.adapters.engine import Engine, image_of, split_reference
 from gpujobs.adapters.enginepost import posted
 from gpujobs.core.container import Image
 from gpujobs.core.dockerfile import OWNER_LABEL, Outline, outline, triggers_problem
 from gpujobs.core.errors import Refused, Unavailable
 from gpujobs.core.job import Owner
-from gpujobs.core.ports import EngineError, Gone
+from gpujobs.core.ports import BuildLimits, EngineError, Gone
 from gpujobs.core.pulls import Layers, Progress, checked, refusal
 from gpujobs.core.spec import Build
 

@@ -14,8 +14,9 @@ from gpujobs.core.container import Image
 from gpujobs.core.errors import Unavailable
 from gpujobs.core.inventory import Inventory, XidEvent
 from gpujobs.core.job import Allocation, Job, JobId, Owner
+from gpujobs.core.pulls import Progress
 from gpujobs.core.reconcile import Seen
-from gpujobs.core.spec import JobSpec
+from gpujobs.core.spec import Build, JobSpec
 from gpujobs.logwire import LogRecord
 
 T = TypeVar("T")
@@ -172,6 +173,34 @@ class Runner(Protocol):
 
     async def follow(self, container: str, log: Log) -> LogEnd:
         """Copy a container's output until it has ended and everything is stored."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BuildLimits:
+    """What each step of a build may use: bytes of memory, CPUs; and the seconds that all of it may take."""
+
+    memory: int
+    cpus: float
+    seconds: float
+
+
+class Images(Protocol):
+    """Where images come from."""
+
+    async def local(self, reference: str, owner: Owner) -> Image:
+        """An image that is there and that this account may use; :class:`Gone` where there is none."""
+        ...
+
+    async def pull(self, reference: str, progress: Callable[[Progress], None]) -> Image:
+        """Fetch an image from its registry."""
+        ...
+
+    async def build(
+        self, context: Path, build: Build, owner: Owner, limits: BuildLimits, output: Callable[[str], None],
+        progress: Callable[[Progress], None] = ...,
+    ) -> Image:  # fmt: skip
+        """Build an image from a client's tar file, told line by line."""
         ...
 
 
@@ -385,6 +414,30 @@ class Ledger(Protocol):
 
     def open_logs(self) -> list[dict[str, Any]]:
         """Ended attempts whose log was not read to its end."""
+        ...
+
+    def add_context(self, number: int, key: str, context: str, dockerfile: str, deadline: float) -> None:
+        """A build context that a submission's client was asked for."""
+        ...
+
+    def contexts(self) -> list[dict[str, Any]]:
+        """Every build context that is awaited or here."""
+        ...
+
+    def context_received(self, number: int, key: str) -> None:
+        """It is here."""
+        ...
+
+    def context_removed(self, number: int, key: str) -> None:
+        """It is no longer kept."""
+        ...
+
+    def add_build(self, number: int, build: str, image: str) -> None:
+        """The image that a build of a submission gave."""
+        ...
+
+    def builds(self, number: int) -> dict[str, str]:
+        """The images of a submission's builds."""
         ...
 
 

@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gpujobs import __version__, specfile, wire
-from gpujobs.adapters.logfile import LogReader
 from gpujobs.core.errors import GpujobsError, InvalidInput, Refused
 from gpujobs.core.job import Ended, Job, Owner
 from gpujobs.core.spec import JobSpec
@@ -221,7 +220,7 @@ async def watch(service: Service, _: Owner, request: Request) -> Response:
 
     async def lines() -> AsyncIterator[bytes]:
         told: dict[Any, str] = {}
-        event = service.watch(number)
+        event = service.watchers.watch(number)
         try:
             while True:
                 event.clear()
@@ -236,7 +235,7 @@ async def watch(service: Service, _: Owner, request: Request) -> Response:
                     return
                 await event.wait()
         finally:
-            service.unwatch(number, event)
+            service.watchers.unwatch(number, event)
 
     return StreamingResponse(lines(), media_type=wire.LINES_MEDIA_TYPE)
 
@@ -304,18 +303,16 @@ async def logs(service: Service, asker: Owner, request: Request) -> Response:
 async def _frames(
     service: Service, job: Job, wanted: int, follow: bool, tail: int | None, since: float | None, skip: int
 ) -> AsyncIterator[bytes]:
-    event = service.watch(job.id.number)
+    event = service.watchers.watch(job.id.number)
     try:
         while True:
             event.clear()
             job = await service.job(job.id)
             attempt = wanted or getattr(job.state, "attempt", 0)
-            path = service.log_path(job.id, attempt)
-            writer = service.open_log(job.id, attempt)
-            if writer is not None or path.exists():
-                reader = LogReader(path, writer)
+            if (found := service.logs.reader(job.id, attempt)) is not None:
+                reader, written = found
                 since_ns = None if since is None else round(since * 1e9)
-                async for batch in reader.batches(since_ns=since_ns, tail=tail, follow=follow and writer is not None):
+                async for batch in reader.batches(since_ns=since_ns, tail=tail, follow=follow and written):
                     kept, skip = _after(batch, skip) if skip else (batch, 0)
                     if kept:
                         yield b"".join(map(encode_frame, kept))
@@ -324,7 +321,7 @@ async def _frames(
                 return
             await event.wait()
     finally:
-        service.unwatch(job.id.number, event)
+        service.watchers.unwatch(job.id.number, event)
 
 
 def _after(batch: list[LogRecord], skip: int) -> tuple[list[LogRecord], int]:
@@ -338,5 +335,5 @@ def _after(batch: list[LogRecord], skip: int) -> tuple[list[LogRecord], int]:
 
 async def gpus(service: Service, _: Owner, __: Request) -> Response:
     """The GPUs and who has what of them."""
-    await service.look()
+    await service.gpus.look()
     return JSONResponse(rows.inventory(service))

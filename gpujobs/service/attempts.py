@@ -18,9 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpujobs.adapters import devices
-from gpujobs.adapters.logfile import LogWriter
-from gpujobs.adapters.streams import LOG_CONFIG, follow_log
 from gpujobs.core import job as jobs
 from gpujobs.core.container import (
     Image,
@@ -39,7 +36,7 @@ from gpujobs.core.endings import Ending, ending_of
 from gpujobs.core.errors import GpujobsError, Refused, Unavailable
 from gpujobs.core.job import Allocation, Job
 from gpujobs.core.planning import source_of
-from gpujobs.core.ports import Conflict, EngineAway, EngineError, Gone, MountHeld
+from gpujobs.core.ports import Conflict, EngineAway, EngineError, Gone, Log, MountHeld
 from gpujobs.service.access import group_names
 from gpujobs.service.faults import fault
 
@@ -133,7 +130,7 @@ class Attempt:
             self.started.set()
             if self._gate >= 0:
                 os.close(self._gate)
-        await self._service.mounts_gone(self.name)
+        await self._service.tidy.attempt_gone(self.name)
 
     async def _through(self) -> tuple[Ending, int | None]:
         """All steps to the end, again from the first whenever the Engine went away: each may be repeated."""
@@ -146,7 +143,7 @@ class Attempt:
             except StopAsked:
                 return ending_of(0, oom=False, memory=0, released=False, stop=self._stop), None
             except EngineAway:
-                await self._service.engine_returns(self.job_id)
+                await self._service.engine_watch.returns(self.job_id)
             except (EngineError, GpujobsError) as error:
                 return Ending(outcome="failed", reason="server", message=str(error)), None
 
@@ -243,7 +240,7 @@ class Attempt:
         if context is None:
             raise Refused("the image that was built for it was removed, and so is its build context",
                           hint="Submit it again.")  # fmt: skip
-        log = service.log_of(self.job_id, self.number)
+        log = service.logs.log(self.job_id, self.number)
 
         def output(line: str) -> None:
             try:
@@ -300,7 +297,7 @@ class Attempt:
         order = Order(
             server=service.id, job=job.id, attempt=self.number, nonce=self.nonce, owner=owner, spec=spec,
             allocation=self.allocation, image=image, control=str(self.control), home=home,
-            runtime=service.settings.runtime, mounts=tuple(mounts), tmpfs=tmpfs, log=LOG_CONFIG,
+            runtime=service.settings.runtime, mounts=tuple(mounts), tmpfs=tmpfs, log=service.engine.log_config,
             visible="void" if service.inventory.simulated else ",".join(self.allocation.gpus) or "void",
             timezone=service.timezone, ceilings=service.ceilings, near=service.near(self.allocation),
             defaults=service.settings.environment,
@@ -315,7 +312,7 @@ class Attempt:
                 pin = await self._service.mounts.pin(self._job.owner, source, read_only, name)
             except MountHeld as error:
                 self.started.set()  # who waits for a file server does not keep the others waiting
-                await self._service.note(self.job_id, f"waiting for {source}: {error}")
+                self._service.note(self.job_id, f"waiting for {source}: {error}")
                 await self._pause(HOLD_SECONDS)
             except GpujobsError as error:
                 raise Failed("server", f"volumes: {source}: {error}") from error
@@ -432,12 +429,12 @@ class Attempt:
         """Begin to store what the container writes."""
         if self._log is None:
             assert self.container is not None
-            log = self._service.log_of(self.job_id, self.number)
+            log = self._service.logs.log(self.job_id, self.number)
             self._log = asyncio.create_task(self._follow(log), name=f"log {self.name}")
 
-    async def _follow(self, log: LogWriter) -> None:
+    async def _follow(self, log: Log) -> None:
         assert self.container is not None
-        await follow_log(self._service.engine.host, self.container, log)
+        await self._service.engine.follow(self.container, log)
 
     async def _verify(self, order: Order, inspected: dict[str, Any]) -> None:
         """Compare the devices granted with those allocated; a difference ends the attempt before its program ran."""
@@ -445,13 +442,11 @@ class Attempt:
         if service.inventory.simulated or self.gone.is_set():
             return
         assert self.container is not None
-        numbers = service.minors()
+        numbers = service.gpus.minors()
         wanted = frozenset(numbers[uuid] for uuid in self.allocation.gpus)
         pid = int(inspected["State"]["Pid"])
         try:
-            got = await devices.granted(
-                service.engine, service.paths.init, service.paths.nodes, self.container, pid, numbers.values()
-            )
+            got = await service.engine.granted(self.container, pid, numbers.values())
         except Unavailable:
             if (await service.engine.inspect(self.container))["State"]["Running"]:
                 raise
@@ -510,7 +505,7 @@ class Attempt:
             try:
                 await self._service.engine.kill(self.container, signal)
             except EngineAway:
-                await self._service.engine_returns(self.job_id)
+                await self._service.engine_watch.returns(self.job_id)
                 continue
             except EngineError as error:
                 logger.warning("%s did not get %s: %s", self.name, signal, error)

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from gpujobs.adapters.store import Ledger, Store
 from gpujobs.buildcontext import MAX_BYTES
 from gpujobs.core import codec
 from gpujobs.core.errors import Refused, Unavailable, UnknownId
 from gpujobs.core.job import Job
-from gpujobs.core.ports import Clock
+from gpujobs.core.ports import Clock, Ledger, Store
 from gpujobs.core.spec import Build, JobSpec
 
 WAIT_SECONDS = 600.0

@@ -15,37 +15,45 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
-from gpujobs.adapters.engine import Engine, seen_of
-from gpujobs.adapters.images import BuildLimits, Images
-from gpujobs.adapters.logfile import LogWriter
-from gpujobs.adapters.store import Ledger, Store
-from gpujobs.adapters.streams import engine_events, follow_log
 from gpujobs.core import job as jobs
-from gpujobs.core.container import Image, container_name, cpus_near
+from gpujobs.core.container import Image
 from gpujobs.core.decide import Host, Policy, Start, Stop, View, check_possible, decide, next_deadline, shape_of
 from gpujobs.core.diagnose import command_hint, diagnose
 from gpujobs.core.endings import Ending
-from gpujobs.core.errors import GpujobsError, Unavailable, UnknownId
+from gpujobs.core.errors import Unavailable, UnknownId
 from gpujobs.core.explain import Explainer
 from gpujobs.core.inventory import Inventory
 from gpujobs.core.job import Allocation, Job, JobId, Owner
-from gpujobs.core.place import strangers
 from gpujobs.core.planning import as_row, plan
-from gpujobs.core.ports import Clock, Disconnected, EngineError, EngineEvent, Gone, GpuSource, MountSource, Reconnected
+from gpujobs.core.ports import (
+    BuildLimits,
+    Clock,
+    Gone,
+    GpuSource,
+    Images,
+    Ledger,
+    Logs,
+    MountSource,
+    Paths,
+    Runner,
+    Store,
+)
 from gpujobs.core.pulls import Layer, Progress
 from gpujobs.core.queue import QueueState
-from gpujobs.core.reconcile import Action, Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, foreign, reconcile
+from gpujobs.core.reconcile import foreign
 from gpujobs.core.spec import JobSpec
 from gpujobs.service.access import Directory
-from gpujobs.service.attempts import Attempt, name_of, remove_control, starting_state
+from gpujobs.service.attempts import Attempt, name_of, starting_state
+from gpujobs.service.broadcast import Broadcast
 from gpujobs.service.contexts import WAIT_SECONDS, Contexts
+from gpujobs.service.enginewatch import EngineWatch
 from gpujobs.service.faults import fault
+from gpujobs.service.gpuwatch import GpuWatch
+from gpujobs.service.tidy import Tidy
 from gpujobs.settings import Settings
 
 logger = logging.getLogger("gpujobs")
@@ -56,45 +64,17 @@ RECHECK_SECONDS = 2.0
 WRITE_AGAIN_SECONDS = 2.0
 """Between tries to write an end when the ledger's disk is full."""
 
-TELL_SECONDS = 0.25
-"""Between two wake-ups of who watches a pull or a build."""
-
 DIAGNOSED_LINES = 200
 DIAGNOSED_BYTES = 64 * 1024
-
-XID_EVENTS = 64
-"""XID errors taken note of before each look at the GPUs."""
-
-ENGINE_AGAIN_SECONDS = 1.0
-"""Between tries of what the Engine did not answer."""
-
-NVML_SECONDS = 15.0
-FRESH_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """Where the server keeps what.
-
-    Attributes:
-        init: The init's binary, beside the state.
-        nodes: A private directory for the device probe.
-    """
-
-    state: Path
-    attempts: Path
-    logs: Path
-    pins: Path
-    nodes: Path
-    init: Path
 
 
 class Service:
     """The server's state and everything that changes it."""
 
     def __init__(
-        self, *, server_id: str, settings: Settings, paths: Paths, store: Store, engine: Engine, gpus: GpuSource,
-        mounts: MountSource, directory: Directory, clock: Clock, host: Host, timezone: str,
+        self, *, server_id: str, settings: Settings, paths: Paths, store: Store, engine: Runner, images: Images,
+        logs: Logs, gpus: GpuSource, mounts: MountSource, directory: Directory, clock: Clock, host: Host,
+        timezone: str, still_alone: Callable[[], Awaitable[bool]],
     ) -> None:  # fmt: skip
         self.id = server_id
         self.settings = settings
@@ -105,49 +85,45 @@ class Service:
         self.directory = directory
         self.clock = clock
         self.timezone = timezone
-        self.images = Images(engine)
+        self.images = images
+        self.logs = logs
+        self.still_alone = still_alone
         self.contexts = Contexts(store, paths.state / "contexts", clock)
         self.ceilings = engine.ceilings()
-        self.inventory = Inventory(problem="the GPUs have not been looked at yet")
-        self._gpus = gpus
+        self.active: dict[JobId, Job] = {}
+        self.attempts: dict[JobId, Attempt] = {}
+        self.by_container: dict[str, JobId] = {}
+        self.gpus = GpuWatch(gpus, self.locate)
+        self.engine_watch = EngineWatch(self)
+        self.tidy = Tidy(self)
+        self.watchers = Broadcast()
+        self.stopped = asyncio.Event()
+        self.notes: list[str] = [] if mounts.read_only_itself else [mounts.note]
         self._host = host
         self._policy = Policy(memory_reserve=settings.memory_reserve)
         self._queue = QueueState()
-        self._jobs: dict[JobId, Job] = {}
-        self._attempts: dict[JobId, Attempt] = {}
-        self._by_container: dict[str, JobId] = {}
-        self._strange: dict[str, Seen] = {}
-        self._logs: dict[tuple[JobId, int], LogWriter] = {}
         self._notes: dict[JobId, str] = {}
         self._progress: dict[JobId, tuple[Layer, ...]] = {}
-        self._to_tell: set[int] = set()
         self._writing = asyncio.Lock()
         self._woken = asyncio.Event()
-        self._engine_answers = asyncio.Event()
-        self._engine_answers.set()
-        self._watchers: dict[int, set[asyncio.Event]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._nvml = ThreadPoolExecutor(1, thread_name_prefix="nvml")
-        self._looked_at = float("-inf")
         self._last_started: Attempt | None = None
-        self.stopped = asyncio.Event()
-        self.notes: list[str] = [] if mounts.read_only_itself else [mounts.note]
 
     # -- start-up and the loop ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Read the ledger, compare it with the Engine, take up what runs. Nothing new starts before that."""
-        await self.look(force=True)
+        await self.gpus.look(force=True)
         await self.contexts.start()
         for job in await self.store.read(lambda ledger: ledger.active()):
             self._apply(job)
         since = self.clock.now()  # what happens from now on is told by events: nothing between the two is missed
-        await self._reconcile()
-        await self._drop_pins()
+        await self.engine_watch.reconcile()
+        await self.tidy.drop_pins()
         for row in await self.store.read(lambda ledger: ledger.open_logs()):
             self._spawn(self._finish_log(row), "log of an ended attempt")
-        self._spawn(self._watch_engine(since), "engine events")
-        self._spawn(self._tidy(), "tidy")
+        self._spawn(self.engine_watch.run(since), "engine events")
+        self._spawn(self.tidy.run(), "tidy")
         self._spawn(self._give_up_contexts(), "build contexts")
         for number in self.contexts.numbers():
             self._spawn(self._drop_contexts(number), f"build contexts of {number}")
@@ -168,7 +144,7 @@ class Service:
 
     async def _wait(self) -> None:
         deadlines = [next_deadline(self._queue)]
-        if self._gpu_jobs_wait() and self._avoid_processes():
+        if self._gpu_jobs_wait() and (self.inventory.problem or self.gpus.occupied(self._queue.active)):
             deadlines.append(self.clock.now() + RECHECK_SECONDS)
         due = min((deadline for deadline in deadlines if deadline is not None), default=None)
         try:
@@ -184,10 +160,8 @@ class Service:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for log in self._logs.values():
-            log.close()
-        await asyncio.get_running_loop().run_in_executor(self._nvml, self._gpus.close)
-        self._nvml.shutdown()
+        self.logs.close()
+        await self.gpus.close()
 
     def wake(self) -> None:
         """Something has happened that decisions may depend on."""
@@ -205,72 +179,33 @@ class Service:
 
     # -- deciding ----------------------------------------------------------------------------------------------
 
+    @property
+    def inventory(self) -> Inventory:
+        """The GPUs as they were last seen."""
+        return self.gpus.inventory
+
+    def near(self, allocation: Allocation) -> tuple[int, ...]:
+        """The CPUs near an allocation's GPUs."""
+        return self.gpus.near(allocation, int(self._host.cpus))
+
+    def locate(self, container: str) -> str | None:
+        """The job that a container belongs to."""
+        job = self.by_container.get(container)
+        return None if job is None else str(job)
+
     def view(self) -> View:
         """All that a decision may look at, now."""
-        avoid = dict(strangers(self.inventory))
-        avoid.update(self._leaving())
-        ours = frozenset(self._by_container)
-        avoid.update(foreign(self.id, self._strange.values(), ours, self.inventory, self.settings.runtime))
+        avoid = self.gpus.occupied(self._queue.active)
+        ours = frozenset(self.by_container)
+        avoid.update(foreign(self.id, self.engine_watch.strange.values(), ours, self.inventory, self.settings.runtime))
         return View(queue=self._queue, inventory=self.inventory, host=self._host, policy=self._policy, avoid=avoid)
-
-    def _leaving(self) -> dict[str, str]:
-        """GPUs on which a job's processes still are that does not hold them any more: they pass on when these are gone."""
-        held = {str(job.id): set(job.allocation.gpus) for job in self._queue.active.values()}
-        found = {}
-        for gpu in self.inventory.gpus:
-            for uuid, processes in ((gpu.uuid, gpu.processes), *((mig.uuid, mig.processes) for mig in gpu.mig)):
-                for process in processes:
-                    if process.job is not None and uuid not in held.get(process.job, ()):
-                        found[uuid] = f"a process of job {process.job} is still on it (pid {process.pid})"
-        return found
-
-    def _avoid_processes(self) -> bool:
-        return bool(strangers(self.inventory) or self._leaving() or self.inventory.problem)
 
     def _gpu_jobs_wait(self) -> bool:
         return any(shape.gpus.count for shape in self._queue.lanes)
 
-    async def look(self, *, force: bool = False) -> Inventory:
-        """The GPUs; looked at again where the last look is older than a second, or ``force``."""
-        loop = asyncio.get_running_loop()
-        if not force and loop.time() - self._looked_at < FRESH_SECONDS:
-            return self.inventory
-        try:
-            async with asyncio.timeout(NVML_SECONDS):
-                self.inventory = await loop.run_in_executor(self._nvml, self._snapshot)
-        except TimeoutError:
-            self.inventory = replace(self.inventory, gpus=(), problem=f"NVML did not answer in {NVML_SECONDS:g} s")
-        self._looked_at = loop.time()
-        return self.inventory
-
-    def _snapshot(self) -> Inventory:
-        for _ in range(XID_EVENTS):
-            if (event := self._gpus.wait_event(0)) is None:
-                break
-            logger.warning("GPU %s: XID %d", event.uuid, event.xid)
-        return self._gpus.snapshot(self._locate)
-
-    def _locate(self, container: str) -> str | None:
-        job = self._by_container.get(container)
-        return None if job is None else str(job)
-
-    def minors(self) -> dict[str, int]:
-        """The device file's number of every GPU, and of every MIG device's GPU, by UUID."""
-        numbers = {}
-        for gpu in self.inventory.gpus:
-            number = gpu.index if gpu.minor is None else gpu.minor
-            numbers[gpu.uuid] = number
-            numbers.update({mig.uuid: number for mig in gpu.mig})
-        return numbers
-
-    def near(self, allocation: Allocation) -> tuple[int, ...]:
-        """The CPUs near an allocation's GPUs."""
-        gpus = [gpu for uuid in allocation.gpus if (gpu := self.inventory.by_uuid(uuid)) is not None]
-        return cpus_near(gpus, allocation.cpus, int(self._host.cpus))
-
     async def _step(self) -> None:
         if self._gpu_jobs_wait():
-            await self.look(force=True)
+            await self.gpus.look(force=True)
         async with self._writing:
             decisions = decide(self.clock.now(), self.view())
             if not decisions:
@@ -294,7 +229,7 @@ class Service:
             fault("decision-committed")
             for job, row in begun:
                 self._apply(job)
-                self._start_attempt(job, row)
+                self.begin_attempt(job, row)
         for stop in stops:
             await self.stop(stop.job, stop.reason, stop.message)
 
@@ -307,16 +242,16 @@ class Service:
         ledger.add_attempt(started, name, nonce, decision.allocation, choices, now)
         return started, {"attempt": attempt, "name": name, "nonce": nonce, "container": None, "image": ""}
 
-    def _start_attempt(self, job: Job, row: dict[str, Any]) -> Attempt:
+    def begin_attempt(self, job: Job, row: dict[str, Any]) -> Attempt:
         before = None
         if job.spec.gpus.count:
             before, self._last_started = self._last_started, None
         attempt = Attempt(self, job, row, None if before is None else before.started)
         if job.spec.gpus.count:
             self._last_started = attempt
-        self._attempts[job.id] = attempt
+        self.attempts[job.id] = attempt
         if attempt.container is not None:
-            self._by_container[attempt.container] = job.id
+            self.by_container[attempt.container] = job.id
         self._spawn(attempt.run(), f"attempt {attempt.name}")
         return attempt
 
@@ -324,22 +259,21 @@ class Service:
 
     def _apply(self, job: Job) -> None:
         if isinstance(job.state, jobs.Active):
-            self._jobs[job.id] = job
+            self.active[job.id] = job
         else:
-            self._jobs.pop(job.id, None)
+            self.active.pop(job.id, None)
         if not (isinstance(job.state, jobs.Queued) and self.contexts.awaits(job)):
             self._queue = self._queue.apply(job, shape_of(job.spec, self.inventory, self._host, self._policy))
         if isinstance(job.state, jobs.Ended) and self.contexts.keeps(job.id.number):
             self._spawn(self._drop_contexts(job.id.number), f"build contexts of {job.id.number}")
-        for event in self._watchers.get(job.id.number, ()):
-            event.set()
+        self.watchers.tell(job.id.number)
 
     async def _change(
         self, job_id: JobId, to: Callable[[Job], jobs.State | None], also: Callable[[Ledger], None] | None = None
     ) -> Job:
         """Bring a job into another state, on disk first; ``to`` answers None where it should stay as it is."""
         async with self._writing:
-            job = self._jobs.get(job_id) or await self.job(job_id)
+            job = self.active.get(job_id) or await self.job(job_id)
             state = to(job)
             if state is None:
                 return job
@@ -391,8 +325,8 @@ class Service:
 
     async def made(self, job_id: JobId, attempt: int, container: str, config: str, image: Image) -> None:
         """Its container exists."""
-        self._by_container[container] = job_id
-        self._strange.pop(container, None)
+        self.by_container[container] = job_id
+        self.engine_watch.strange.pop(container, None)
         await self._must(
             lambda: self.store.change(
                 lambda ledger: ledger.on_attempt(
@@ -423,7 +357,7 @@ class Service:
     async def end(self, job_id: JobId, ending: Ending, exit_code: int | None) -> None:
         """It is over; what it held is free."""
         now = self.clock.now()
-        attempt = self._attempts[job_id]
+        attempt = self.attempts[job_id]
 
         def to(job: Job) -> jobs.State | None:
             state = job.state
@@ -443,7 +377,7 @@ class Service:
                 ),
             )
         )
-        self._attempts.pop(job_id, None)
+        self.attempts.pop(job_id, None)
         self._notes.pop(job_id, None)
         self._progress.pop(job_id, None)
         self.wake()
@@ -451,8 +385,8 @@ class Service:
     async def explain_end(self, job_id: JobId, attempt: int, exit_code: int) -> None:
         """Say what the end of a failed job's log tells."""
         lines = bytearray()
-        if (log := self.open_log(job_id, attempt)) is not None:
-            async for batch in log.reader().batches(tail=DIAGNOSED_LINES):
+        if (found := self.logs.reader(job_id, attempt)) is not None:
+            async for batch in found[0].batches(tail=DIAGNOSED_LINES):
                 lines += b"".join(record.payload for record in batch)
                 del lines[:-DIAGNOSED_BYTES]
         job = await self.job(job_id)
@@ -469,22 +403,18 @@ class Service:
         await self._must(lambda: self.store.change(lambda ledger: ledger.set_state(explained)))
         self._apply(explained)
 
-    async def note(self, job_id: JobId, message: str) -> None:
-        """What an active job is waiting for, shown with its row."""
-        self._notes[job_id] = message
+    def note(self, job_id: JobId, message: str) -> None:
+        """What an active job is waiting for, shown with its row; empty for nothing."""
+        if message:
+            self._notes[job_id] = message
+        else:
+            self._notes.pop(job_id, None)
 
     def progress(self, job_id: JobId, progress: Progress) -> None:
         """How far its image is, shown with its row; who watches is told a few times a second at most."""
         self._notes[job_id] = progress.text
         self._progress[job_id] = progress.layers
-        if job_id.number not in self._to_tell:
-            self._to_tell.add(job_id.number)
-            asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell, job_id.number)
-
-    def _tell(self, number: int) -> None:
-        self._to_tell.discard(number)
-        for event in self._watchers.get(number, ()):
-            event.set()
+        self.watchers.tell_soon(job_id.number)
 
     def layers_of(self, job_id: JobId) -> tuple[Layer, ...]:
         """The layers of the image that an active job waits for; empty where none is pulled."""
@@ -508,7 +438,7 @@ class Service:
             Refused: One of them can never run here.
             Unavailable: The ledger could not be written.
         """
-        await self.look()
+        await self.gpus.look()
         view = self.view()
         shapes = {shape_of(spec, self.inventory, self._host, self._policy) for _, _, specs in files for _, spec in specs}
         for shape in shapes:
@@ -588,7 +518,7 @@ class Service:
         Raises:
             Refused: It can never run here.
         """
-        await self.look()
+        await self.gpus.look()
         reference = spec.image or f"(built from {spec.build.context if spec.build else ''})"
         try:
             image = await self.engine.image(reference) if spec.image else Image(id="", reference=reference)
@@ -619,7 +549,7 @@ class Service:
 
         job = await self._change(job_id, to)
         fault("cancel-committed")
-        if (attempt := self._attempts.get(job_id)) is not None and isinstance(job.state, jobs.Stopping):
+        if (attempt := self.attempts.get(job_id)) is not None and isinstance(job.state, jobs.Stopping):
             attempt.stop(job.state.reason, job.state.message)
         self.wake()
         return job
@@ -630,7 +560,7 @@ class Service:
         Raises:
             UnknownId: There is none of that id.
         """
-        job = self._jobs.get(job_id) or await self.store.read(lambda ledger: ledger.job(job_id))
+        job = self.active.get(job_id) or await self.store.read(lambda ledger: ledger.job(job_id))
         if job is None:
             raise UnknownId(f"there is no job {job_id}", hint="`gpujobs ps --all` lists all of them.")
         return job
@@ -659,198 +589,17 @@ class Service:
 
     def settled(self, job: Job) -> bool:
         """Whether a job has ended and all that it wrote is stored."""
-        return isinstance(job.state, jobs.Ended) and (job.id, job.state.attempt) not in self._logs
-
-    def watch(self, number: int) -> asyncio.Event:
-        """An event that is set at each change of a submission's jobs; give it back with :meth:`unwatch`."""
-        event = asyncio.Event()
-        self._watchers.setdefault(number, set()).add(event)
-        return event
-
-    def unwatch(self, number: int, event: asyncio.Event) -> None:
-        """No longer tell this event."""
-        group = self._watchers.get(number, set())
-        group.discard(event)
-        if not group:
-            self._watchers.pop(number, None)
+        return isinstance(job.state, jobs.Ended) and not self.logs.is_open(job.id, job.state.attempt)
 
     # -- logs --------------------------------------------------------------------------------------------------
 
-    def log_path(self, job_id: JobId, attempt: int) -> Path:
-        """Where an attempt's log is kept."""
-        number, index = job_id.key
-        return self.paths.logs / str(number) / f"{index}.{attempt}.log"
-
-    def log_of(self, job_id: JobId, attempt: int) -> LogWriter:
-        """The open log of an attempt."""
-        key = (job_id, attempt)
-        if key not in self._logs:
-            path = self.log_path(job_id, attempt)
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._logs[key] = LogWriter(path)
-        return self._logs[key]
-
-    def open_log(self, job_id: JobId, attempt: int) -> LogWriter | None:
-        """The writer of a log that is being written; None where it is complete."""
-        return self._logs.get((job_id, attempt))
-
     async def close_log(self, job_id: JobId, attempt: int) -> None:
         """All that the container wrote is stored."""
-        if (log := self._logs.pop((job_id, attempt), None)) is not None:
-            log.close()
+        await self.logs.finish(job_id, attempt)
         await self._must(lambda: self.store.change(lambda ledger: ledger.on_attempt("close_log", job_id, attempt)))
-        for event in self._watchers.get(job_id.number, ()):
-            event.set()
+        self.watchers.tell(job_id.number)
 
     async def _finish_log(self, row: dict[str, Any]) -> None:
         job_id = JobId.of_key(row["number"], row["idx"])
-        await follow_log(self.engine.host, row["container"], self.log_of(job_id, row["attempt"]))
+        await self.engine.follow(row["container"], self.logs.log(job_id, row["attempt"]))
         await self.close_log(job_id, row["attempt"])
-
-    # -- the Engine --------------------------------------------------------------------------------------------
-
-    async def _watch_engine(self, since: float) -> None:
-        async for event in engine_events(self.engine.host, since, {"type": ["container"]}):
-            if isinstance(event, EngineEvent):
-                await self._engine_event(event)
-            elif isinstance(event, Reconnected):
-                await self._engine_is_back()
-            elif isinstance(event, Disconnected):
-                self._engine_answers.clear()
-                logger.warning("the Engine does not answer: %s", event.reason)
-
-    async def _engine_is_back(self) -> None:
-        """Look what became of everything; the Engine may go again meanwhile."""
-        while True:
-            try:
-                await self._reconcile(after_absence=True)
-            except (EngineError, GpujobsError) as error:
-                logger.warning("the Engine answers, but not to everything: %s", error)
-                await asyncio.sleep(ENGINE_AGAIN_SECONDS)
-            else:
-                break
-        logger.info("the Engine answers again")
-        self._engine_answers.set()
-        self.wake()
-
-    async def engine_returns(self, job_id: JobId) -> None:
-        """Wait, as long as it takes, until the Engine answers and what it holds has been looked at."""
-        self._notes[job_id] = "the Docker Engine does not answer; it goes on when it does"
-        await asyncio.sleep(ENGINE_AGAIN_SECONDS)
-        await self._engine_answers.wait()
-        self._notes.pop(job_id, None)
-
-    async def _engine_event(self, event: EngineEvent) -> None:
-        job_id = self._by_container.get(event.id)
-        if job_id is None:
-            await self._strange_event(event)
-        elif event.action in ("die", "destroy") and (attempt := self._attempts.get(job_id)) is not None:
-            attempt.gone.set()
-
-    async def _strange_event(self, event: EngineEvent) -> None:
-        if event.action in ("create", "start"):
-            try:
-                seen = seen_of(await self.engine.inspect(event.id))
-            except Gone:
-                return
-            except (EngineError, GpujobsError) as error:
-                logger.warning("container %s was not looked at: %s", event.id[:12], error)
-                return
-            # By its name, which is the Engine's to give once: labels can be anybody's.
-            if seen.id not in self._by_container and seen.name not in {a.name for a in self._attempts.values()}:
-                self._strange[seen.id] = seen
-        elif event.action in ("die", "destroy"):
-            if event.action == "destroy":
-                self._strange.pop(event.id, None)
-            elif (known := self._strange.get(event.id)) is not None:
-                self._strange[event.id] = replace(known, state="exited")
-            self.wake()
-
-    async def _reconcile(self, *, after_absence: bool = False) -> None:
-        """Compare ledger and Engine and act on every difference, by the table of core.reconcile.
-
-        Args:
-            after_absence: The Engine was away while this server ran.
-        """
-        # The ledger first: a container that is made meanwhile is not missed by who looks at the Engine later.
-        rows = await self.store.read(lambda ledger: ledger.kept())
-        seen = await self.engine.containers()
-        recorded = [
-            Recorded(
-                job=JobId.of_key(row["number"], row["idx"]), attempt=row["attempt"], name=row["name"], nonce=row["nonce"],
-                config=row["config"], state=row["state"], active=bool(row["active"]),
-            )
-            for row in rows
-        ]  # fmt: skip
-        by_job = {JobId.of_key(row["number"], row["idx"]): row for row in rows if row["active"]}
-        ours = {row["name"] for row in rows}
-        self._strange = {c.id: c for c in seen if c.name not in ours}
-        for action in reconcile(self.id, recorded, seen):
-            if isinstance(action, Adopt) and after_absence and (attempt := self._attempts.get(action.job)) is not None:
-                attempt.engine_was_away = True
-            await self._settle(action, by_job, {c.id: c for c in seen})
-
-    async def _settle(self, action: Action, rows: dict[JobId, dict[str, Any]], seen: dict[str, Seen]) -> None:
-        if isinstance(action, Resume | Adopt | Lost) and action.job not in self._jobs:
-            return  # it has ended since the ledger was read
-        if isinstance(action, Resume | Adopt):
-            row = dict(rows[action.job])
-            if isinstance(action, Adopt):
-                row["container"] = action.container
-            attempt = self._attempts.get(action.job) or self._start_attempt(self._jobs[action.job], row)
-            if isinstance(action, Adopt) and seen[action.container].state in ("exited", "dead"):
-                attempt.gone.set()
-        elif isinstance(action, Lost):
-            if (running := self._attempts.get(action.job)) is not None:
-                running.gone.set()
-            else:
-                row = rows[action.job]
-                self._attempts[action.job] = Attempt(self, self._jobs[action.job], row, None)
-                await self.end(action.job, Ending(outcome="failed", reason="server", message=action.message), None)
-        elif isinstance(action, Forget):
-            remove_control(self.paths.attempts / container_name(self.id, action.job, action.attempt))
-            await self.store.change(
-                lambda ledger: ledger.on_attempt("set_removed", action.job, action.attempt)
-            )
-        elif isinstance(action, Kill):
-            logger.warning("container %s runs without a job: it is ended", action.name)
-            await self.engine.kill(action.container, "SIGKILL")
-
-    # -- tidying up --------------------------------------------------------------------------------------------
-
-    async def mounts_gone(self, name: str) -> None:
-        """An attempt's container has ended: its pins go."""
-        for pin in self.mounts.list():
-            if pin.startswith(f"{name}-"):
-                await self.mounts.unpin(pin)
-
-    async def _drop_pins(self) -> None:
-        """Remove the pins that a former run of this server left of attempts that have ended."""
-        kept = tuple(f"{attempt.name}-" for attempt in self._attempts.values())
-        for pin in self.mounts.list():
-            if pin.startswith(f"gpujobs-{self.id}-") and not pin.startswith(kept):
-                await self.mounts.unpin(pin)
-
-    async def _tidy(self) -> None:
-        """Remove ended containers when they have been kept long enough."""
-        while True:
-            now, keep = self.clock.now(), self.settings.keep_ended
-            for row in await self.store.read(lambda ledger, before=now - keep: ledger.expired(before)):  # type: ignore[misc]
-                await self._remove(row)
-            oldest = await self.store.read(lambda ledger: ledger.next_expiry())
-            due = keep if oldest is None else max(1.0, oldest + keep - now)
-            await asyncio.sleep(min(due, 3600.0) if keep else 1.0)
-
-    async def _remove(self, row: dict[str, Any]) -> None:
-        job_id = JobId.of_key(row["number"], row["idx"])
-        try:
-            if row["container"] is not None:
-                await self.engine.remove(row["container"])
-            fault("container-removed")
-            remove_control(self.paths.attempts / row["name"])
-            await self.store.change(lambda ledger: ledger.on_attempt("set_removed", job_id, row["attempt"]))
-        except (EngineError, GpujobsError) as error:
-            logger.warning("container %s was not removed: %s", row["name"], error)
-            return
-        if row["container"] is not None:
-            self._by_container.pop(row["container"], None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import grp
 import json
 import logging
@@ -14,8 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gpujobs import init, places
 from gpujobs import settings as configuration
 from gpujobs.adapters import enginelock
-from gpujobs.adapters.engine import Engine, EngineInfo, default_host
+from gpujobs.adapters.engine import Engine, default_host
+from gpujobs.adapters.images import Images
+from gpujobs.adapters.logstore import LogStore
 from gpujobs.adapters.mounts import Mounts, PlainMounts
 from gpujobs.adapters.nvml import Nvml
+from gpujobs.adapters.runner import DockerRunner
 from gpujobs.adapters.store import Ledger, Store
 from gpujobs.core.decide import Host
 from gpujobs.core.errors import GpujobsError, InvalidInput, Refused, Unavailable
-from gpujobs.core.ports import GpuSource, MountSource
+from gpujobs.core.ports import GpuSource, MountSource, Paths
 from gpujobs.service.access import Directory, peer_of
 from gpujobs.service.api import application
 from gpujobs.service.attempts import install_init
-from gpujobs.service.loop import Paths, Service
+from gpujobs.service.loop import Service
 from gpujobs.simulated import SimulatedGpus
 from gpujobs.simulated import load as load_machine
 
@@ -90,51 +95,50 @@ async def _serve(config: Path | None, simulate: Path | None) -> int:
     state = places.server_state(environ)
     address = places.socket_of(host) if (host := environ.get("GPUJOBS_HOST")) else places.server_socket(environ)
     paths = _make_places(state)
-    with _one_server(state), _announced(state, address) as ended:
-        engine = Engine(default_host(environ))
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_one_server(state))
+        ended = stack.enter_context(_announced(state, address))
+        engine = DockerRunner(default_host(environ), paths.init, paths.nodes)
+        stack.callback(engine.close)
         info = await engine.info()
         mounts = await _mounts(paths, (state, places.SYSTEM_RUN, Path(info.root or "/var/lib/docker")))
-        gpus: GpuSource = SimulatedGpus(load_machine(simulate)) if simulate is not None else Nvml()
-        if simulate is None and settings.runtime not in info.runtimes:
-            logger.warning("the Engine has no runtime %r: jobs with GPUs will not start", settings.runtime)
-        holder = None if simulate is not None else await enginelock.acquire(engine)
+        stack.push_async_callback(mounts.close)
+        if simulate is None:
+            gpus: GpuSource = Nvml()
+            if settings.runtime not in info.runtimes:
+                logger.warning("the Engine has no runtime %r: jobs with GPUs will not start", settings.runtime)
+            holder = await enginelock.acquire(engine)
+            stack.push_async_callback(enginelock.release, engine, holder)
+            still_alone: Callable[[], Awaitable[bool]] = partial(enginelock.holds, engine, holder)
+        else:
+            gpus, still_alone = SimulatedGpus(load_machine(simulate)), _always
         store = Store(state / "state.sqlite")
-        try:
-            service = await _assemble(store, settings, paths, engine, info, gpus, mounts)
-            listener = _listen(address)
-            try:
-                await _until_stopped(service, listener, address)
-            finally:
-                address.unlink(missing_ok=True)
-        finally:
-            store.close()
-            if holder is not None:
-                await enginelock.release(engine, holder)
-            engine.close()
-            await mounts.close()
+        stack.callback(store.close)
+        service = Service(
+            server_id=await store.change(_server_id), settings=settings, paths=paths, store=store, engine=engine,
+            images=Images(engine), logs=LogStore(paths.logs), gpus=gpus, mounts=mounts,
+            directory=Directory(settings.admins, None if os.geteuid() == 0 else os.geteuid()), clock=SystemClock(),
+            host=Host(cpus=float(info.cpus), memory=info.memory), timezone=_timezone(os.environ),
+            still_alone=still_alone,
+        )  # fmt: skip
+        await service.start()
+        gc.freeze()  # what was loaded stays: a full collection over it would hold up the loop
+        listener = _listen(address)
+        stack.callback(address.unlink, missing_ok=True)
+        await _until_stopped(service, listener, address)
         ended()
     return 0
+
+
+async def _always() -> bool:
+    """A simulated server gives no real GPU away: any number of them may use one Engine."""
+    return True
 
 
 async def _mounts(paths: Paths, forbidden: tuple[Path, ...]) -> MountSource:
     if os.geteuid() != 0:
         return await PlainMounts.start(forbidden=forbidden)
     return await Mounts.start(paths.pins, forbidden=forbidden)
-
-
-async def _assemble(
-    store: Store, settings: configuration.Settings, paths: Paths, engine: Engine, info: EngineInfo, gpus: GpuSource,
-    mounts: MountSource,
-) -> Service:  # fmt: skip
-    server_id = await store.change(_server_id)
-    only = None if os.geteuid() == 0 else os.geteuid()
-    service = Service(
-        server_id=server_id, settings=settings, paths=paths, store=store, engine=engine, gpus=gpus, mounts=mounts,
-        directory=Directory(settings.admins, only), clock=SystemClock(),
-        host=Host(cpus=float(info.cpus), memory=info.memory), timezone=_timezone(os.environ),
-    )  # fmt: skip
-    await service.start()
-    return service
 
 
 def _server_id(ledger: Ledger) -> str:

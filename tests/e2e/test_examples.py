@@ -82,7 +82,7 @@ def test_prepare_data_leaves_a_data_set_that_is_the_same_every_time(
     contents = []
     for _ in range(2):
         row = server.ended(job := submitted(server, file))
-        assert (row["state"], row["gpus"]) == ("succeeded", []), output(server, job)
+        assert (row["state"], row["gpus"]) == ("succeeded", []), (row["message"], output(server, job))
         assert "3 files, 9 paragraphs, 8 different ones" in output(server, job)
         found = {path.name: path for path in (kept / "dataset").iterdir()}
         assert set(found) == {"train.bin", "validation.bin", "manifest.json"}
@@ -187,7 +187,7 @@ def test_the_compose_style_job_finishes_by_itself(
     server: Server, machine: nvml.Machine, repository: Path, kept: Path
 ) -> None:
     row = server.ended(job := submitted(server, repository / "examples/compose/job.yaml"))
-    assert row["state"] == "succeeded", output(server, job)
+    assert row["state"] == "succeeded", (row["message"], output(server, job))
     assert "finished after 40 items" in output(server, job)
     assert '"LOG_LEVEL": "info"' in output(server, job)
 
@@ -200,6 +200,6 @@ def test_what_from_docker_prints_runs(
     assert (directory / "job.yaml").read_text().endswith(printed)
     (directory / "again.yaml").write_text(printed)
     row = server.ended(job := submitted(server, directory / "again.yaml"))
-    assert row["state"] == "succeeded", output(server, job)
+    assert row["state"] == "succeeded", (row["message"], output(server, job))
     assert output(server, job).splitlines() == [f"round {n}: 2 GPUs in /workspace" for n in (1, 2, 3)]
     assert (kept / "counts/count").read_text() == "2\n"

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from gpujobs.adapters.engine import Engine
-from gpujobs.adapters.images import BuildFailed, BuildLimits, Images
+from gpujobs.adapters.images import BuildFailed, Images
 from gpujobs.core.container import Image
 from gpujobs.core.errors import InvalidInput, Refused, Unavailable
 from gpujobs.core.job import Owner
-from gpujobs.core.ports import Gone
+from gpujobs.core.ports import BuildLimits, Gone
 from gpujobs.core.pulls import Progress
 from gpujobs.core.spec import Build
 from tests.e2e.harness import wait_for
@@ -126,11 +126,12 @@ def gone(daemon: lab.Daemon, container: str) -> bool:
 
 def test_a_build_gives_an_untagged_image_of_its_owner_and_streams_its_output(builder: Builder, docker: Any) -> None:
     image = builder(
-        f"# comment\nARG TAG=1\nFROM gpujobs-lab/busybox:${{TAG}} AS base\nCOPY data.txt /data\n"
-        f"RUN echo out of \\\n   # in between\n    the step && echo err >&2\nLABEL x=y\nENV A=b\nCMD [\"cat\", \"/data\"]\n",
+        "# comment\nARG TAG=1\nFROM gpujobs-lab/busybox:${TAG} AS base\nCOPY data.txt /data\n"
+        "RUN echo out of \\\n   # in between\n    the step && echo err >&2\nLABEL x=y\nENV A=b\n"
+        'CMD ["cat", "/data"]\n',
         {"data.txt": b"content\n"}, labels=(("team", "vision"),),
     )
-    assert "out of     the step" in builder.output() or "out of the step" in builder.output()
+    assert "out of the step" in builder.lines
     assert "err" in builder.lines
     assert builder.inside(image) == "content\n"
     data = json.loads(docker("inspect", image.id))[0]
@@ -256,7 +257,7 @@ def test_a_step_has_the_cpus_and_processes_of_its_limits(builder: Builder) -> No
 
 
 def test_a_build_that_takes_too_long_is_ended_with_its_container(builder: Builder) -> None:
-    with pytest.raises(BuildFailed, match=r"step 3 of 4, RUN sleep 600: it took longer than the 2 s that builds may take"):
+    with pytest.raises(BuildFailed, match=r"step 3 of 4, RUN sleep 600: it took longer than the 2 s that builds"):
         builder(f"FROM {BASE}\nRUN sleep 600\n", limits=BuildLimits(memory=64 << 20, cpus=1.0, seconds=2.0))
     container = builder.containers()[-1]
     wait_for(lambda: gone(builder.daemon, container), f"{container} is gone")
@@ -278,7 +279,8 @@ def test_a_cancelled_build_ends_with_its_container(builder: Builder) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.to_thread(wait_for, lambda: gone(builder.daemon, builder.containers()[-1]), "its container is gone")
+        container = builder.containers()[-1]
+        await asyncio.to_thread(wait_for, lambda: gone(builder.daemon, container), "its container is gone")
 
     builder.on_loop(work)
 
@@ -300,7 +302,7 @@ def test_equal_builds_at_the_same_time_are_one(builder: Builder) -> None:
 
 def test_what_leads_out_of_the_context_or_into_buildkit_is_refused(builder: Builder) -> None:
     for dockerfile, words in (
-        (f"# syntax=docker/dockerfile:1\nFROM {BASE}\n", r"Dockerfile:1: `# syntax=docker/dockerfile:1` names a program"),
+        (f"# syntax=docker/dockerfile:1\nFROM {BASE}\n", r"Dockerfile:1: `# syntax=docker/dockerfile:1` names"),
         (f"FROM {BASE}\nRUN --mount=type=cache,target=/x true\n", r"Dockerfile:2: RUN --mount needs BuildKit"),
         (f"FROM {BASE}\nRUN <<EOF\nFROM x\nEOF\n", r"Dockerfile:2: RUN with a here-document"),
         ("RUN true\n", r"Dockerfile:1: RUN before the first FROM"),
@@ -327,7 +329,9 @@ def test_the_dockerfile_that_the_engine_is_given_is_not_in_the_image(builder: Bu
 
 
 def test_a_named_stage_is_built_and_no_later_one(builder: Builder) -> None:
-    dockerfile = f"FROM {BASE} AS one\nRUN echo 1 > /n\nFROM {BASE} AS two\nCOPY --from=one /n /m\nFROM nowhere.invalid/x\n"
+    dockerfile = (
+        f"FROM {BASE} AS one\nRUN echo 1 > /n\nFROM {BASE} AS two\nCOPY --from=one /n /m\nFROM nowhere.invalid/x\n"
+    )
     image = builder(dockerfile, target="two")
     assert builder.inside(image, "cat", "/m") == "1\n"
     assert builder.inside(builder(dockerfile, target="0"), "cat", "/n") == "1\n"
@@ -500,7 +504,7 @@ def test_an_invalid_name_is_told_without_asking_anybody(builder: Builder) -> Non
         assert "is not a" in message
         with pytest.raises(InvalidInput):
             builder.on_loop(lambda images, wrong=wrong: images.local(wrong, ALICE))
-        with pytest.raises(InvalidInput, match="^Dockerfile:"):
+        with pytest.raises(InvalidInput, match=r"^Dockerfile:"):
             builder(f"FROM {wrong}\n")
 
 
@@ -542,7 +546,7 @@ def test_a_full_disk_is_told_as_that(served: Served, tmp_path: Path) -> None:
         small = lab.Engine.private(home)
         try:
             builder = Builder(small, tmp_path)
-            kind, message, hint = failing_pull(builder, served.image)
+            kind, message, _ = failing_pull(builder, served.image)
             assert (kind, message) == (
                 Unavailable, f"there is no space left on the Engine's disk for the image {served.image}",
             )  # fmt: skip

@@ -34,7 +34,7 @@ HOSTILE_MARK = Path("/tmp/gpujobs-lab-evil")  # written by the hostile image's c
 
 SCIKIT_LEARN = "scikit-learn==1.5.2"
 DIGITS_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
-DEBIAN_PACKAGES = ("python3-minimal", "python3-numpy")
+DEBIAN_PACKAGES = ("python3-minimal", "python3-numpy", "python3-venv")  # the last for images built on it
 DEBOOTSTRAP_MEMORY = 2 << 30  # bytes; with that much it works in memory, where dpkg's fsync costs nothing
 
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"

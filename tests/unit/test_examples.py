@@ -140,7 +140,7 @@ def test_the_compose_style_file_reads_as_compose_would() -> None:
     assert spec.command == ("/app/worker.py", "--items", "40")
     assert (spec.stop_signal, spec.stop_grace_period, spec.mem_limit) == ("SIGINT", 20.0, 256 << 20)
     assert [(limit.name, limit.soft, limit.hard) for limit in spec.ulimits] == [
-        ("memlock", -1, -1), ("nofile", 1024, 4096),
+        ("core", 0, 0), ("nofile", 1024, 4096),
     ]  # fmt: skip
     assert spec.healthcheck is not None
     assert not spec.healthcheck.shell

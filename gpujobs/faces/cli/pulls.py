@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from gpujobs.faces.words import clean, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+_PERCENT = re.compile(r"(\d+) %$")
 
 PLAIN_SECONDS = 2.0
 """Between two lines about the same thing where they are not drawn over each other."""
@@ -110,7 +113,8 @@ class PullView:
 
     def _draw(self, job: str, message: str, layers: list[Mapping[str, Any]]) -> None:
         live = self._started()
-        wanted = [((job, ""), clean(f"job {job} {message}"), None, None)]
+        whole = _PERCENT.search(message)
+        wanted = [((job, ""), clean(f"job {job} {message}"), int(whole[1]) if whole else 0, 100)]
         wanted += [
             ((job, str(layer["layer"])), f"  {clean(layer['layer'])} {clean(layer['status'])}", layer["current"],
              layer["total"])
@@ -118,12 +122,12 @@ class PullView:
         ]  # fmt: skip
         for key, words, current, total in wanted:
             done = words.endswith(("Pull complete", "Already exists"))
-            most = total or (1 if key[1] else None)
-            at = most if done else current or 0
+            most = total or 1  # small layers have no size
+            at = most if done else min(current or 0, most)
             if key not in self._bars:
-                self._bars[key] = live.add_task(words, total=most, completed=at or 0, visible=True, bar=bool(key[1]))
+                self._bars[key] = live.add_task(words, total=most, completed=at)
             else:
-                live.update(self._bars[key], description=words, total=most, completed=at or 0)
+                live.update(self._bars[key], description=words, total=most, completed=at)
 
     def _started(self) -> Progress:
         if self._live is None:

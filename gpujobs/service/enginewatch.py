@@ -1,0 +1,163 @@
+"""What happens in the Engine: ends of our containers, containers of others, the Engine's own coming and going."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from gpujobs.core.container import container_name
+from gpujobs.core.endings import Ending
+from gpujobs.core.errors import GpujobsError
+from gpujobs.core.job import JobId
+from gpujobs.core.ports import Disconnected, EngineError, EngineEvent, Gone, Reconnected
+from gpujobs.core.reconcile import Action, Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, reconcile
+from gpujobs.service.attempts import Attempt, remove_control
+
+if TYPE_CHECKING:
+    from gpujobs.service.loop import Service
+
+logger = logging.getLogger("gpujobs")
+
+AGAIN_SECONDS = 1.0
+"""Between tries of what the Engine did not answer."""
+
+
+class EngineWatch:
+    """The server's view of the Engine.
+
+    Attributes:
+        strange: The containers that are not ours, by id: some of them may hold GPUs.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.strange: dict[str, Seen] = {}
+        self._service = service
+        self._answers = asyncio.Event()
+        self._answers.set()
+
+    async def run(self, since: float) -> None:
+        """Take in events from a time on, for ever: they are hints, what counts is what inspecting says."""
+        async for event in self._service.engine.events(since):
+            if isinstance(event, EngineEvent):
+                await self._event(event)
+            elif isinstance(event, Reconnected):
+                await self._is_back()
+            elif isinstance(event, Disconnected):
+                self._answers.clear()
+                logger.warning("the Engine does not answer: %s", event.reason)
+
+    async def _is_back(self) -> None:
+        """Look what became of everything; the Engine may go again meanwhile."""
+        while True:
+            try:
+                await self.reconcile(after_absence=True)
+                await self._keep_lock()
+            except (EngineError, GpujobsError) as error:
+                logger.warning("the Engine answers, but not to everything: %s", error)
+                await asyncio.sleep(AGAIN_SECONDS)
+            else:
+                break
+        logger.info("the Engine answers again")
+        self._answers.set()
+        self._service.wake()
+
+    async def returns(self, job_id: JobId) -> None:
+        """Wait, as long as it takes, until the Engine answers and what it holds has been looked at."""
+        self._service.note(job_id, "the Docker Engine does not answer; it goes on when it does")
+        await asyncio.sleep(AGAIN_SECONDS)
+        await self._answers.wait()
+        self._service.note(job_id, "")
+
+    async def _event(self, event: EngineEvent) -> None:
+        if event.type == "volume":
+            if event.action == "destroy" and event.id.startswith("gpujobs-lock-"):
+                await self._keep_lock()
+            return
+        job_id = self._service.by_container.get(event.id)
+        if job_id is None:
+            await self._strange_event(event)
+        elif event.action in ("die", "destroy") and (attempt := self._service.attempts.get(job_id)) is not None:
+            attempt.gone.set()
+
+    async def _keep_lock(self) -> None:
+        """The lock may have been pruned: take it again, and if another server was quicker, leave it the Engine."""
+        try:
+            kept = await self._service.still_alone()
+        except (EngineError, GpujobsError) as error:
+            logger.warning("whether another server uses this Engine is not known: %s", error)
+            return
+        if not kept:
+            logger.critical("another server has taken this Engine: this one stops")
+            self._service.stopped.set()
+            self._service.wake()
+
+    async def _strange_event(self, event: EngineEvent) -> None:
+        if event.action in ("create", "start"):
+            try:
+                seen = await self._service.engine.seen(event.id)
+            except Gone:
+                return
+            except (EngineError, GpujobsError) as error:
+                logger.warning("container %s was not looked at: %s", event.id[:12], error)
+                return
+            # By its name, which is the Engine's to give once: labels can be anybody's.
+            ours = {attempt.name for attempt in self._service.attempts.values()}
+            if seen.id not in self._service.by_container and seen.name not in ours:
+                self.strange[seen.id] = seen
+        elif event.action in ("die", "destroy"):
+            if event.action == "destroy":
+                self.strange.pop(event.id, None)
+            elif (known := self.strange.get(event.id)) is not None:
+                self.strange[event.id] = replace(known, state="exited")
+            self._service.wake()
+
+    async def reconcile(self, *, after_absence: bool = False) -> None:
+        """Compare ledger and Engine and act on every difference, by the table of core.reconcile.
+
+        Args:
+            after_absence: The Engine was away while this server ran.
+        """
+        service = self._service
+        # The ledger first: a container that is made meanwhile is not missed by who looks at the Engine later.
+        rows = await service.store.read(lambda ledger: ledger.kept())
+        seen = await service.engine.containers()
+        recorded = [
+            Recorded(
+                job=JobId.of_key(row["number"], row["idx"]), attempt=row["attempt"], name=row["name"],
+                nonce=row["nonce"], config=row["config"], state=row["state"], active=bool(row["active"]),
+            )
+            for row in rows
+        ]  # fmt: skip
+        by_job = {JobId.of_key(row["number"], row["idx"]): row for row in rows if row["active"]}
+        ours = {row["name"] for row in rows}
+        self.strange = {c.id: c for c in seen if c.name not in ours}
+        for action in reconcile(service.id, recorded, seen):
+            if isinstance(action, Adopt) and after_absence and (attempt := service.attempts.get(action.job)):
+                attempt.engine_was_away = True
+            await self._settle(action, by_job, {c.id: c for c in seen})
+
+    async def _settle(self, action: Action, rows: dict[JobId, dict[str, Any]], seen: dict[str, Seen]) -> None:
+        service = self._service
+        if isinstance(action, Resume | Adopt | Lost) and action.job not in service.active:
+            return  # it has ended since the ledger was read
+        if isinstance(action, Resume | Adopt):
+            row = dict(rows[action.job])
+            if isinstance(action, Adopt):
+                row["container"] = action.container
+            attempt = service.attempts.get(action.job) or service.begin_attempt(service.active[action.job], row)
+            if isinstance(action, Adopt) and seen[action.container].state in ("exited", "dead"):
+                attempt.gone.set()
+        elif isinstance(action, Lost):
+            if (running := service.attempts.get(action.job)) is not None:
+                running.gone.set()
+            else:
+                service.attempts[action.job] = Attempt(service, service.active[action.job], rows[action.job], None)
+                await service.end(action.job, Ending(outcome="failed", reason="server", message=action.message), None)
+        elif isinstance(action, Forget):
+            remove_control(service.paths.attempts / container_name(service.id, action.job, action.attempt))
+            await service.store.change(lambda ledger: ledger.on_attempt("set_removed", action.job, action.attempt))
+        elif isinstance(action, Kill):
+            logger.warning("container %s runs without a job: it is ended", action.name)
+            await service.engine.kill(action.container, "SIGKILL")
