@@ -1,6 +1,7 @@
 """The messages of the HTTP API as plain values; the standard library only, for clients start fast.
 
-All paths are below ``/v1``. Errors are ``{code, exit, message, hint, problems: [{file, line, column, path, message}]}``.
+All paths are below ``/v1``. Errors are ``{code, exit, message, hint, problems}``, each problem
+``{file, line, column, path, message}``.
 
     GET  /v1/server                     who answers
     POST /v1/jobs                       Submission -> {"jobs": [{"id", "elements"}], "contexts", "notes"}

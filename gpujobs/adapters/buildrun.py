@@ -14,9 +14,9 @@ from gpujobs.adapters import buildtar
 from gpujobs.adapters.engine import Engine
 from gpujobs.adapters.enginepost import posted
 from gpujobs.core.dockerfile import OWNER_LABEL
-from gpujobs.core.errors import GpujobsError, Unavailable
+from gpujobs.core.errors import GpujobsError
 from gpujobs.core.job import Owner
-from gpujobs.core.ports import BuildLimits, EngineError
+from gpujobs.core.ports import BuildLimits, EngineAway, EngineError
 from gpujobs.core.pulls import Progress
 from gpujobs.core.spec import Build
 
@@ -118,7 +118,7 @@ class Run:
             await asyncio.gather(*limiting, return_exceptions=True)
         self._flush()
         if image is None:
-            raise Unavailable("the Engine went away during the build", hint="Try again when it is back.")
+            raise EngineAway("the Engine went away during the build", hint="Try again when it is back.")
         return image
 
     def _heard(self, text: str) -> list[str]:

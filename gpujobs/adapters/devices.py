@@ -38,7 +38,9 @@ def host_minors() -> frozenset[int]:
     )
 
 
-async def granted(engine: Engine, init: Path, nodes: Path, container: str, pid: int, minors: Iterable[int]) -> frozenset[int]:
+async def granted(
+    engine: Engine, init: Path, nodes: Path, container: str, pid: int, minors: Iterable[int]
+) -> frozenset[int]:
     """The GPU minors that a container may open.
 
     Args:

@@ -24,7 +24,7 @@ import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from gpujobs.core.container import Image
-from gpujobs.core.errors import InvalidInput, Refused, Unavailable
+from gpujobs.core.errors import InvalidInput, Unavailable
 from gpujobs.core.facts import EngineFacts
 from gpujobs.core.ports import Conflict, EngineAway, EngineError, Gone
 from gpujobs.core.reconcile import Seen
@@ -182,27 +182,6 @@ class Engine:
         """
         data = await self.call(lambda client: client.inspect_image(reference))  # type: ignore[no-untyped-call]
         return image_of(reference, data)
-
-    async def pull(self, reference: str) -> Image:
-        """Fetch an image from its registry.
-
-        Raises:
-            Refused: The registry has no such image, or does not let us have it.
-            Unavailable: The registry or the Engine cannot be reached.
-        """
-
-        def pull(client: docker.APIClient) -> None:
-            name, tag = split_reference(reference)
-            for event in client.pull(name, tag=tag, stream=True, decode=True):
-                if "error" in event:
-                    raise EngineError(str(event["error"]))
-
-        try:
-            await self.call(pull)
-        except EngineError as error:
-            raise Refused(f"the image {reference} could not be pulled: {error}",
-                          hint="Check its name and tag, or load it into the Engine.") from error  # fmt: skip
-        return await self.image(reference)
 
     async def create(self, name: str, request: Mapping[str, Any]) -> str:
         """Make a container; returns its id.

@@ -182,6 +182,7 @@ async def release(engine: Engine, mine: Holder) -> None:
 
 def _held(holder: Holder) -> Refused:
     return Refused(
-        f"another gpujobs server (pid {holder.pid}, uid {holder.uid}) uses this Docker Engine; two would give a GPU twice",
+        f"another gpujobs server (pid {holder.pid}, uid {holder.uid}) uses this Docker Engine; "
+        "two would give a GPU twice",
         hint="Use that server, or stop it first.",
     )

@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 
 from gpujobs.adapters.engine import unreachable
 from gpujobs.adapters.enginesocket import API, parse_host
+from gpujobs.core.errors import Unavailable
 from gpujobs.core.ports import Conflict, EngineError, Gone
 
 Event = Mapping[str, Any]
@@ -145,6 +146,10 @@ async def _answered(host: str, connection: _Connection, silence: float | None) -
         while line := await connection.line(silence):
             if line.strip():
                 yield json.loads(line)
+    except TimeoutError as error:
+        raise Unavailable(
+            f"nothing was heard of it for {silence or _ANSWER_SECONDS:g} s", hint="Try again; the Engine's log may tell."
+        ) from error
     except (OSError, IndexError, ValueError) as error:
         raise unreachable(host, error) from error
 

@@ -27,7 +27,7 @@ from gpujobs.core.container import Image
 from gpujobs.core.dockerfile import OWNER_LABEL, Outline, outline, triggers_problem
 from gpujobs.core.errors import Refused, Unavailable
 from gpujobs.core.job import Owner
-from gpujobs.core.ports import BuildLimits, EngineError, Gone
+from gpujobs.core.ports import BuildLimits, EngineAway, EngineError, Gone
 from gpujobs.core.pulls import Layers, Progress, checked, refusal
 from gpujobs.core.spec import Build
 
@@ -165,7 +165,7 @@ class Images:
             except EngineError as error:
                 raise refusal(reference, str(error), await self._names()) from error
         if not complete:
-            raise Unavailable(f"the Engine went away while {reference} was pulled", hint="Try again when it is back.")
+            raise EngineAway(f"the Engine went away while {reference} was pulled", hint="Try again when it is back.")
         try:
             data = await self._engine.call(lambda client: client.inspect_image(reference))  # type: ignore[no-untyped-call]
         except Gone as error:

@@ -253,6 +253,10 @@ class _Mounts:
         """See :class:`MountSource`."""
         await self._as(owner, "mkdir", path, mode=mode)
 
+    async def remove_empty(self, owner: Owner, path: str) -> None:
+        """See :class:`MountSource`."""
+        await self._as(owner, "rmdir", path)
+
     async def read_file(self, owner: Owner, path: str, limit: int) -> bytes:
         """See :class:`MountSource`."""
         _, content = await self._as(owner, "read", path, limit=limit)
@@ -315,7 +319,7 @@ class Mounts(_Mounts):
 
     def list(self) -> tuple[str, ...]:
         """See :class:`MountSource`; asks the tmpfs of the pins only, no file server."""
-        return tuple(sorted(os.listdir(self.pins)))  # noqa: PTH208  # names are wanted
+        return tuple(sorted(os.listdir(self.pins)))  # names are wanted
 
     async def remove_all(self) -> None:
         """Remove every pin and the tmpfs under them, as an uninstallation does."""

@@ -21,6 +21,7 @@ read teardown``.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -58,7 +59,7 @@ Outcome = tuple[dict[str, Any], list[int]]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}", re.ASCII)
 BUFFER = 256 * 1024
-OPS = frozenset(("pin", "look", "check", "unpin", "mkdir", "read", "teardown"))
+OPS = frozenset(("pin", "look", "check", "unpin", "mkdir", "rmdir", "read", "teardown"))
 MAX_ABANDONED = 8
 """Hanging workers of one user, after which the next request is held at once."""
 
@@ -148,6 +149,16 @@ def open_source(path: str) -> int:
     return fd
 
 
+def remove_empty(path: str) -> Outcome:
+    """Remove a directory where there is one and it is empty."""
+    try:
+        os.rmdir(path)  # noqa: PTH106 - a helper process: pathlib would be one more import
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    return {}, []
+
+
 def make_directory(path: str, mode: int) -> Outcome:
     """Make a directory and those above it that are missing, each with ``mode``."""
     os.umask(0o777 & ~mode)
@@ -212,6 +223,8 @@ def perform(request: dict[str, Any], pins: str, forbidden: list[str], out: int) 
     owner = request["owner"]
     if op == "mkdir":
         return as_user(owner, path, "directory", lambda: make_directory(path, int(request["mode"])), out)
+    if op == "rmdir":
+        return as_user(owner, path, "directory", lambda: remove_empty(path), out)
     if op == "read":
         memory = os.memfd_create("read", os.MFD_CLOEXEC)
         as_user(owner, path, "file", lambda: read_file(path, int(request["limit"]), memory, forbidden), out)

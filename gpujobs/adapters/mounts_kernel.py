@@ -3,7 +3,7 @@
 The half of :mod:`gpujobs.adapters.mounts_helper` that speaks to the kernel; standard library only, like it.
 """
 # The helper stays small: it does not load pathlib.
-# ruff: noqa: PTH101, PTH102, PTH103, PTH106, PTH108, PTH115, PTH116, PTH123, PTH208
+# ruff: noqa: PTH101, PTH102, PTH103, PTH106, PTH108, PTH116, PTH123
 
 from __future__ import annotations
 

@@ -69,11 +69,11 @@ PROBLEMS: Final[Mapping[int, str]] = {
 }
 
 
-class Lost(Exception):  # noqa: N818 - a signal to the inventory, never shown
+class Lost(Exception):
     """The GPU that was asked is not there."""
 
 
-class Away(Exception):  # noqa: N818 - likewise
+class Away(Exception):
     """The driver is not there, or the handle is one of before it was loaded anew.
 
     Args:

@@ -80,11 +80,11 @@ class Ledger:
         """Set a named value."""
         self._run("set_meta", name=name, value=value)
 
-    def submit(self, owner: Owner, now: float, file: str, text: str, specs: list[tuple[int | None, JobSpec]]) -> list[Job]:
+    def submit(
+        self, owner: Owner, now: float, file: str, text: str, specs: list[tuple[int | None, JobSpec]]
+    ) -> list[Job]:
         """Write a submission and its jobs, all queued; returns them with their ids."""
-        cursor = self._run(
-            "add_submission", uid=owner.uid, submitted_at=now, file=file, text=text, elements=len(specs)
-        )
+        cursor = self._run("add_submission", uid=owner.uid, submitted_at=now, file=file, text=text, elements=len(specs))
         number = cursor.lastrowid
         assert number is not None
         owner_text = json.dumps(codec.encode(owner))
@@ -356,7 +356,8 @@ def refuse_newer(connection: sqlite3.Connection) -> int:
     newest = migrations()[-1][0]
     if version > newest:
         raise Refused(
-            f"the state was written by a newer gpujobs (schema {version}, this one knows {newest}); it was left as it is",
+            f"the state was written by a newer gpujobs (schema {version}, this one knows {newest}); "
+            "it was left as it is",
             hint="Install that version, or use another state directory (GPUJOBS_STATE).",
         )
     return version

@@ -122,6 +122,11 @@ def init_command(control: str, mode: str) -> list[str]:
     return [f"{control}/init", "--dir", control, mode]
 
 
+def home_of(owner: Owner) -> str:
+    """The host directory, in the owner's home, that is HOME inside their jobs and outlives them."""
+    return f"{owner.home}/.local/share/gpujobs/home"
+
+
 def checkpoints(server: str, job: JobId) -> str:
     """Where a job's checkpoints go, below HOME: the same for all its attempts."""
     return f"checkpoints/{server}-{job}"
@@ -139,10 +144,8 @@ def argv_of(spec: JobSpec, image: Image) -> tuple[str, ...]:
         Refused: Neither the file nor the image says what to run.
     """
     entrypoint = image.entrypoint if spec.entrypoint is None else spec.entrypoint
-    if spec.command is not None:
-        command = spec.command
-    else:
-        command = image.command if spec.entrypoint is None else ()
+    implied = image.command if spec.entrypoint is None else ()
+    command = implied if spec.command is None else spec.command
     argv = (*entrypoint, *command)
     if not argv:
         raise Refused(

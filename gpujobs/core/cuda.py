@@ -42,7 +42,8 @@ def needs_newer_driver(image: Image, inventory: Inventory) -> str | None:
         if not version or version[0] <= inventory.cuda[0]:
             return None
     have = ".".join(map(str, inventory.cuda))
-    return f"the image {image.reference} needs CUDA {needed}; this machine's driver {inventory.driver} supports up to {have}"
+    driver = f"this machine's driver {inventory.driver} supports up to {have}"
+    return f"the image {image.reference} needs CUDA {needed}; {driver}"
 
 
 def _holds(alternative: str, inventory: Inventory) -> bool:
@@ -52,7 +53,9 @@ def _holds(alternative: str, inventory: Inventory) -> bool:
 
 def _true(name: str, sign: str, value: str, inventory: Inventory) -> bool:
     if name == "brand":  # NVML's brand of the first GPU; data-centre cards are those without a GeForce or RTX name
-        tesla = bool(inventory.gpus) and not re.search(r"geforce|quadro|titan|\brtx\b", inventory.gpus[0].model, re.IGNORECASE)
+        tesla = bool(inventory.gpus) and not re.search(
+            r"geforce|quadro|titan|\brtx\b", inventory.gpus[0].model, re.IGNORECASE
+        )
         return (value in ("tesla", "unknown", "nvidia")) == tesla if sign == "=" else True
     have: Version
     if name == "cuda" and inventory.cuda is not None:

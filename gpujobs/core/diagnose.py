@@ -21,18 +21,26 @@ _SIGNS: tuple[tuple[re.Pattern[bytes], Finding], ...] = tuple(
     for pattern, cause, hint in (
         (
             # PyTorch; XLA (JAX, TensorFlow); the CUDA driver's and the runtime's own names
-            rb"CUDA out of memory|OutOfMemoryError: CUDA|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation"
-            rb"|RESOURCE_EXHAUSTED: Out of memory|OOM when allocating tensor",
+            (
+                rb"CUDA out of memory|OutOfMemoryError: CUDA|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation"
+                rb"|RESOURCE_EXHAUSTED: Out of memory|OOM when allocating tensor"
+            ),
             "the GPU's memory was full (CUDA out of memory)",
             "use a smaller batch, or ask for a larger GPU: `gpus: {memory: 80GB}`",
         ),
         (
-            rb"Bus error.{0,200}(?:shm|shared memory)|insufficient shared memory|unable to (?:open|write to) shared memory",
-            "/dev/shm was full",
+            (
+                rb"Bus error.{0,200}(?:shm|shared memory)|insufficient shared memory"
+                rb"|unable to (?:open|write to) shared memory"
+            ),
+            "the shared memory was full",
             "raise `shm_size`, or use fewer data loader workers",
         ),
         (
-            rb"Watchdog caught collective operation timeout|NCCL (?:operation )?time(?:d )?-?out|ncclSystemError|ncclRemoteError",
+            (
+                rb"Watchdog caught collective operation timeout|NCCL (?:operation )?time(?:d )?-?out"
+                rb"|ncclSystemError|ncclRemoteError"
+            ),
             "a collective operation between GPUs (NCCL) did not finish",
             "one rank probably died or hangs: look at the first error of each rank; NCCL_DEBUG=INFO says more",
         ),
@@ -44,7 +52,7 @@ _SIGNS: tuple[tuple[re.Pattern[bytes], Finding], ...] = tuple(
         (
             rb"no kernel image is available for execution|CUDA error: invalid device function",
             "the program has no code for this GPU's architecture",
-            "use an image built for it, or ask for another GPU: `gpus: {capability: \">=8.0\"}`",
+            'use an image built for it, or ask for another GPU: `gpus: {capability: ">=8.0"}`',
         ),
         (
             rb"CUDA driver version is insufficient|forward compatibility was attempted on non supported HW",

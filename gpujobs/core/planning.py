@@ -1,5 +1,8 @@
-"""What would happen to a job if it were submitted now: the GPUs, why each other one was not chosen, the mounts, the
-equivalent ``docker run`` line. Nothing is done; the server and ``plan --simulate`` ask the same function."""
+"""What would happen to a job if it were submitted now.
+
+The GPUs, why each other one was not chosen, the mounts, the equivalent ``docker run`` line. Nothing is done; the
+server and ``plan --simulate`` ask the same function.
+"""
 
 from __future__ import annotations
 

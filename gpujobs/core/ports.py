@@ -337,6 +337,9 @@ class MountSource(Protocol):
     async def make_directory(self, owner: Owner, path: str, mode: int = 0o700) -> None:
         """Make a directory, and those above it that are missing, as the owner; one that is there stays."""
 
+    async def remove_empty(self, owner: Owner, path: str) -> None:
+        """Remove a directory as the owner, where there is one and it is empty."""
+
     async def read_file(self, owner: Owner, path: str, limit: int) -> bytes:
         """The content of a regular file that the owner may read, of at most ``limit`` bytes."""
 

@@ -210,7 +210,9 @@ def _named(words: Sequence[str], inventory: Inventory) -> set[str]:
     return found
 
 
-def foreign(server: str, seen: Iterable[Seen], ours: frozenset[str], inventory: Inventory, runtime: str) -> Mapping[str, str]:
+def foreign(
+    server: str, seen: Iterable[Seen], ours: frozenset[str], inventory: Inventory, runtime: str
+) -> Mapping[str, str]:
     """GPUs held by containers that are not this server's, with the sentence that says whose they are.
 
     Args:

@@ -47,7 +47,9 @@ def account(uid: int) -> Owner:
     try:
         entry = pwd.getpwuid(uid)
     except KeyError:
-        raise Refused(f"uid {uid} has no account on this machine", hint="Jobs run as an account of the machine.") from None
+        raise Refused(
+            f"uid {uid} has no account on this machine", hint="Jobs run as an account of the machine."
+        ) from None
     return _owner(entry)
 
 

@@ -119,9 +119,14 @@ def _texts(data: dict[str, Any], name: str) -> dict[str, str]:
 
 def _text(data: dict[str, Any], name: str, default: str = "") -> str:
     value = data.get(name, default)
-    if not isinstance(value, str) or "\0" in value:
+    if not isinstance(value, str) or "\0" in value or (not value.isascii() and _has_surrogates(value)):
         raise InvalidInput(f"{name}: a text was expected")
     return value
+
+
+def _has_surrogates(text: str) -> bool:
+    """Whether a text cannot be written as UTF-8: JSON can spell half of a character."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _number(request: Request, name: str, default: int, most: int) -> int:
@@ -294,8 +299,10 @@ async def logs(service: Service, asker: Owner, request: Request) -> Response:
     since_text = request.query_params.get("since", "")
     try:
         since = float(since_text) if since_text else None
-    except ValueError as error:
-        raise InvalidInput(f"since: seconds since the epoch were expected, not {since_text[:40]!r}") from error
+    except ValueError:
+        since = -1.0
+    if since is not None and not 0 <= since < 2**33:
+        raise InvalidInput(f"since: seconds since the epoch were expected, not {since_text[:40]!r}")
     skip = _number(request, "skip", 0, 10**12)
     return StreamingResponse(_frames(service, job, wanted, follow, tail, since, skip), media_type=wire.LOG_MEDIA_TYPE)
 

@@ -29,6 +29,7 @@ from gpujobs.core.container import (
     create_request,
     differences,
     group_file,
+    home_of,
     passwd_file,
 )  # fmt: skip
 from gpujobs.core.cuda import needs_newer_driver
@@ -130,7 +131,7 @@ class Attempt:
             self.started.set()
             if self._gate >= 0:
                 os.close(self._gate)
-        await self._service.tidy.attempt_gone(self.name)
+        await self._service.tidy.attempt_gone(self.name, self._job.owner, self.job_id)
 
     async def _through(self) -> tuple[Ending, int | None]:
         """All steps to the end, again from the first whenever the Engine went away: each may be repeated."""
@@ -282,7 +283,8 @@ class Attempt:
                 await self._make_directory(source)
             mounts.append(await self._pin(source, volume.target, volume.read_only, f"{self.name}-{position}"))
         tmpfs = {
-            v.target: f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700" + (f",size={v.size}" if v.size else "")
+            v.target: f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
+            + (f",size={v.size}" if v.size else "")
             for v in spec.volumes
             if v.type == "tmpfs"
         }
@@ -342,7 +344,7 @@ class Attempt:
     async def _home(self, home: str) -> Mount | None:
         """A directory of the owner's that is HOME inside and outlives the job; None where they have no home."""
         owner = self._job.owner
-        place = f"{owner.home}/.local/share/gpujobs/home"
+        place = home_of(owner)
         try:
             await self._service.mounts.make_directory(owner, f"{place}/{checkpoints(self._service.id, self.job_id)}")
             pin = await self._service.mounts.pin(owner, place, False, f"{self.name}-home")

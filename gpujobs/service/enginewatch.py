@@ -24,6 +24,10 @@ AGAIN_SECONDS = 1.0
 """Between tries of what the Engine did not answer."""
 
 
+ENDED = ("exited", "dead")
+"""Docker's words for containers that will not run again by themselves."""
+
+
 class EngineWatch:
     """The server's view of the Engine.
 
@@ -133,10 +137,12 @@ class EngineWatch:
         by_job = {JobId.of_key(row["number"], row["idx"]): row for row in rows if row["active"]}
         ours = {row["name"] for row in rows}
         self.strange = {c.id: c for c in seen if c.name not in ours}
+        by_id = {container.id: container for container in seen}
         for action in reconcile(service.id, recorded, seen):
-            if isinstance(action, Adopt) and after_absence and (attempt := service.attempts.get(action.job)):
-                attempt.engine_was_away = True
-            await self._settle(action, by_job, {c.id: c for c in seen})
+            attempt = service.attempts.get(action.job) if isinstance(action, Adopt) else None
+            if after_absence and attempt is not None and isinstance(action, Adopt):
+                attempt.engine_was_away = by_id[action.container].state in ENDED
+            await self._settle(action, by_job, by_id)
 
     async def _settle(self, action: Action, rows: dict[JobId, dict[str, Any]], seen: dict[str, Seen]) -> None:
         service = self._service
@@ -147,7 +153,7 @@ class EngineWatch:
             if isinstance(action, Adopt):
                 row["container"] = action.container
             attempt = service.attempts.get(action.job) or service.begin_attempt(service.active[action.job], row)
-            if isinstance(action, Adopt) and seen[action.container].state in ("exited", "dead"):
+            if isinstance(action, Adopt) and seen[action.container].state in ENDED:
                 attempt.gone.set()
         elif isinstance(action, Lost):
             if (running := service.attempts.get(action.job)) is not None:

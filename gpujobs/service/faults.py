@@ -34,7 +34,7 @@ _left = int(_COUNT) if _COUNT.isdecimal() else 1
 
 def fault(name: str) -> None:
     """Die here if the environment says so."""
-    global _left
+    global _left  # noqa: PLW0603 - one count for the process, which it ends
     if name not in POINTS:
         raise KeyError(name)
     if name == _WANTED:

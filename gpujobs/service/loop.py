@@ -243,6 +243,7 @@ class Service:
         return started, {"attempt": attempt, "name": name, "nonce": nonce, "container": None, "image": ""}
 
     def begin_attempt(self, job: Job, row: dict[str, Any]) -> Attempt:
+        """Go through an attempt's steps, in a task of its own; the row is the ledger's."""
         before = None
         if job.spec.gpus.count:
             before, self._last_started = self._last_started, None
@@ -330,7 +331,12 @@ class Service:
         await self._must(
             lambda: self.store.change(
                 lambda ledger: ledger.on_attempt(
-                    "set_attempt_container", job_id, attempt, config=config, container=container, image=image.id,
+                    "set_attempt_container",
+                    job_id,
+                    attempt,
+                    config=config,
+                    container=container,
+                    image=image.id,
                     digest=image.digest,
                 )
             )
@@ -364,15 +370,22 @@ class Service:
             if not isinstance(state, jobs.Active):
                 return None
             return jobs.Ended(
-                outcome=ending.outcome, attempt=state.attempt, started_at=getattr(state, "started_at", None), ended_at=now,
-                exit_code=exit_code, gpus=state.allocation.gpus, reason=ending.reason, message=ending.message,
+                outcome=ending.outcome, attempt=state.attempt, started_at=getattr(state, "started_at", None),
+                ended_at=now, exit_code=exit_code, gpus=state.allocation.gpus, reason=ending.reason,
+                message=ending.message,
             )  # fmt: skip
 
         await self._must(
             lambda: self._change(
-                job_id, to,
+                job_id,
+                to,
                 lambda ledger: ledger.on_attempt(
-                    "set_attempt_ended", job_id, attempt.number, ended_at=now, exit_code=exit_code, reason=ending.reason,
+                    "set_attempt_ended",
+                    job_id,
+                    attempt.number,
+                    ended_at=now,
+                    exit_code=exit_code,
+                    reason=ending.reason,
                     message=ending.message,
                 ),
             )
@@ -431,7 +444,9 @@ class Service:
 
     # -- what people ask for -----------------------------------------------------------------------------------
 
-    async def submit(self, owner: Owner, files: list[tuple[str, str, list[tuple[int | None, JobSpec]]]]) -> list[list[Job]]:
+    async def submit(
+        self, owner: Owner, files: list[tuple[str, str, list[tuple[int | None, JobSpec]]]]
+    ) -> list[list[Job]]:
         """Take the jobs of files (name, text, specifications) in: all are on disk when this returns, or none.
 
         Raises:
@@ -440,7 +455,9 @@ class Service:
         """
         await self.gpus.look()
         view = self.view()
-        shapes = {shape_of(spec, self.inventory, self._host, self._policy) for _, _, specs in files for _, spec in specs}
+        shapes = {
+            shape_of(spec, self.inventory, self._host, self._policy) for _, _, specs in files for _, spec in specs
+        }
         for shape in shapes:
             check_possible(shape, view)
         fault("submission-received")
@@ -521,7 +538,7 @@ class Service:
         await self.gpus.look()
         reference = spec.image or f"(built from {spec.build.context if spec.build else ''})"
         try:
-            image = await self.engine.image(reference) if spec.image else Image(id="", reference=reference)
+            image = await self.images.local(reference, owner) if spec.image else Image(id="", reference=reference)
         except Gone:
             image = Image(id="", reference=reference)
         found = plan(

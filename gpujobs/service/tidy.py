@@ -6,8 +6,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from gpujobs.core.container import checkpoints, home_of
 from gpujobs.core.errors import GpujobsError
-from gpujobs.core.job import JobId
+from gpujobs.core.job import JobId, Owner
 from gpujobs.core.ports import EngineError
 from gpujobs.service.attempts import remove_control
 from gpujobs.service.faults import fault
@@ -53,9 +54,13 @@ class Tidy:
         if row["container"] is not None:
             service.by_container.pop(row["container"], None)
 
-    async def attempt_gone(self, name: str) -> None:
-        """An attempt's container has ended: its pins go."""
+    async def attempt_gone(self, name: str, owner: Owner, job: JobId) -> None:
+        """An attempt's container has ended: its pins go, and its checkpoint directory if nothing is in it."""
         mounts = self._service.mounts
+        try:
+            await mounts.remove_empty(owner, f"{home_of(owner)}/{checkpoints(self._service.id, job)}")
+        except GpujobsError as error:
+            logger.info("the checkpoint directory of job %s stays: %s", job, error)
         for pin in mounts.list():
             if pin.startswith(f"{name}-"):
                 await mounts.unpin(pin)
@@ -66,4 +71,7 @@ class Tidy:
         kept = tuple(f"{attempt.name}-" for attempt in service.attempts.values())
         for pin in service.mounts.list():
             if pin.startswith(f"gpujobs-{service.id}-") and not pin.startswith(kept):
-                await service.mounts.unpin(pin)
+                try:
+                    await service.mounts.unpin(pin)
+                except GpujobsError as error:  # a silent file server must not keep the server from starting
+                    logger.warning("the pin %s stays: %s", pin, error)

@@ -82,7 +82,9 @@ def serve(config: Path | None = None, simulate: Path | None = None, speed: float
         GpujobsError: It cannot start; nothing was changed.
     """
     if speed is not None:
-        raise InvalidInput("--speed: not supported by this server", hint="Leave it out: containers run at their own speed.")
+        raise InvalidInput(
+            "--speed: not supported by this server", hint="Leave it out: containers run at their own speed."
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     os.umask(0o077)
     return asyncio.run(_serve(config, simulate))
@@ -163,9 +165,17 @@ async def _until_stopped(service: Service, listener: socket.socket, address: Pat
     loop = asyncio.get_running_loop()
     http = HttpServer(
         uvicorn.Config(
-            application(service), http=PeerProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=65536,
-        )  # fmt: skip
+            application(service),
+            http=PeerProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
+            h11_max_incomplete_event_size=65536,
+        )
     )
 
     def stop() -> None:
@@ -217,7 +227,8 @@ def _one_server(state: Path) -> Iterator[None]:
         except BlockingIOError:
             record = _record(state)
             raise Refused(
-                f"another server (pid {record.get('pid', '?')}, uid {record.get('uid', '?')}) uses the state directory {state}",
+                f"another server (pid {record.get('pid', '?')}, uid {record.get('uid', '?')}) "
+                f"uses the state directory {state}",
                 hint="Use that server, or set GPUJOBS_STATE.",
             ) from None
         yield
@@ -230,7 +241,13 @@ def _announced(state: Path, address: Path) -> Iterator[Any]:
     """Write down that a server runs here, and, if it ends in order, that it did."""
     path = state / "server.json"
     before = _record(state)
-    record = {"pid": os.getpid(), "uid": os.getuid(), "boot": enginelock.boot_id(), "socket": str(address), "clean": False}
+    record = {
+        "pid": os.getpid(),
+        "uid": os.getuid(),
+        "boot": enginelock.boot_id(),
+        "socket": str(address),
+        "clean": False,
+    }
 
     def write(content: dict[str, Any]) -> None:
         temporary = path.with_suffix(".new")
@@ -334,7 +351,9 @@ def _may_use_docker(environ: Mapping[str, str]) -> None:
     try:
         asyncio.run(ask())
     except Unavailable as error:
-        raise Unavailable(f"no gpujobs server answers, and none was started: {error.message}", hint=error.hint) from error
+        raise Unavailable(
+            f"no gpujobs server answers, and none was started: {error.message}", hint=error.hint
+        ) from error
 
 
 def _last_lines(state: Path, count: int = 10) -> str:

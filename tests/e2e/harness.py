@@ -181,7 +181,7 @@ class Server:
         self._process = None
 
     def clean(self, engine: Engine) -> None:
-        """Stop it, and remove what is left of its containers."""
+        """Stop it, and remove what is left of its containers and pins."""
         self.stop()
         ledger = self.state / "state.sqlite"
         if ledger.exists():
@@ -190,6 +190,9 @@ class Server:
             ours = ("--filter", f"name=^gpujobs-{row[0]}-") if row else ("--filter", "name=^$")
             if left := engine.docker("ps", "--all", "--quiet", *ours).split():
                 engine.docker("rm", "--force", "--volumes", *left)
+            for pin in Path("/run/gpujobs/pins").glob(f"gpujobs-{row[0]}-*" if row else "none"):
+                subprocess.run(["umount", "--recursive", "--lazy", pin], check=True)
+                pin.rmdir() if pin.is_dir() else pin.unlink()
 
     # -- asking it ---------------------------------------------------------------------------------------------
 

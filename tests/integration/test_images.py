@@ -23,7 +23,7 @@ from gpujobs.adapters.images import BuildFailed, Images
 from gpujobs.core.container import Image
 from gpujobs.core.errors import InvalidInput, Refused, Unavailable
 from gpujobs.core.job import Owner
-from gpujobs.core.ports import BuildLimits, Gone
+from gpujobs.core.ports import BuildLimits, EngineAway, Gone
 from gpujobs.core.pulls import Progress
 from gpujobs.core.spec import Build
 from tests.e2e.harness import wait_for
@@ -565,3 +565,31 @@ def test_an_engine_that_goes_away_is_told_as_that(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="does not answer"):
         asyncio.run(pull())
     engine.close()
+
+
+def test_a_build_of_an_engine_that_is_killed_is_told_as_that(tmp_path: Path) -> None:
+    """The server then waits for the Engine and builds again: it must not take it for a failed step."""
+    home = tmp_path / "home"
+    home.mkdir()
+    killed = lab.Engine.private(home)
+    try:
+        lab_images.ensure(killed.engine, BASE)
+        builder = Builder(killed, tmp_path)
+        context = builder.context(f"FROM {BASE}\nRUN echo begun; sleep 600\n")
+
+        async def work(images: Images) -> None:
+            begun = asyncio.Event()
+
+            def output(line: str) -> None:
+                if line == "begun":
+                    begun.set()
+
+            task = asyncio.create_task(images.build(context, Build(context="/c"), ALICE, LIMITS, output))
+            await asyncio.wait_for(begun.wait(), 30)
+            await asyncio.to_thread(killed.kill)
+            with pytest.raises(EngineAway, match="went away during the build|does not answer"):
+                await task
+
+        builder.on_loop(work)
+    finally:
+        killed.destroy()

@@ -36,11 +36,13 @@ def main() -> int:
         return 1
     found = engine.ensure()
     if found.simulated:
-        say("SIMULATED: this machine has no GPU. NVML and the nvidia runtime are stand-ins; the Engine, the containers,\n"
-            "== the isolation of device nodes and the training are real. No figure here is a GPU's.")
-    environment = {**os.environ, **lab.environment(found), "GPUJOBS_HOST": f"unix://{SOCKET}", "GPUJOBS_STATE": str(STATE)}
+        say("SIMULATED: this machine has no GPU. NVML and the nvidia runtime are stand-ins; the Engine, the\n"
+            "== containers, the isolation of devices and the training are real. No figure here is a GPU's.")
+    places = {"GPUJOBS_HOST": f"unix://{SOCKET}", "GPUJOBS_STATE": str(STATE)}
+    environment = {**os.environ, **lab.environment(found), **places}
     user = accounts.ensure()[0].name
-    serving = subprocess.Popen([GPUJOBS, "serve"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    serving = subprocess.Popen([GPUJOBS, "serve"], env=environment, stdout=pipe, stderr=pipe, text=True)
     assert serving.stdout is not None
     assert serving.stderr is not None
     try:
@@ -54,8 +56,10 @@ def main() -> int:
     finally:
         serving.terminate()
         serving.wait(timeout=30)
-        engine.stop()
-    say("finished" + (" (SIMULATED GPUs)" if found.simulated else "") if code == 0 else f"the job ended with code {code}")
+        if found.started:
+            engine.stop()
+    simulated = " (SIMULATED GPUs)" if found.simulated else ""
+    say(f"finished{simulated}" if code == 0 else f"the job ended with code {code}")
     return code
 
 

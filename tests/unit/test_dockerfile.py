@@ -59,8 +59,8 @@ def test_arguments_are_put_into_from_lines(word: str, image: str) -> None:
 
 
 BAD = [
-    ("FROM a\nRUN --mount=type=bind x", "Dockerfile:2: RUN --mount needs BuildKit, which is not used here; COPY the files"),
-    ("FROM a\nCOPY --chmod=755 a b", "Dockerfile:2: COPY --chmod needs BuildKit, which is not used here; use RUN chmod"),
+    ("FROM a\nRUN --mount=type=bind x", "2: RUN --mount needs BuildKit, which is not used here; COPY the files"),
+    ("FROM a\nCOPY --chmod=755 a b", "2: COPY --chmod needs BuildKit, which is not used here; use RUN chmod"),
     ("FROM a\nCOPY --frm=b a b", "Dockerfile:2: COPY --frm: it knows --chown=…, --from=…"),
     ("FROM a\nCOPY --fr\\om=b a b", "is not understood; write flags as --name=value, unquoted"),
     ("FROM a\nCOPY --from=$X a b", "Dockerfile:2: --from takes no variables; name an image, or a stage that does"),

@@ -9,7 +9,8 @@ from gpujobs.core.pulls import Layers, refusal
 
 
 def event(name: str, status: str, current: int | None = None, total: int | None = None) -> dict[str, object]:
-    return {"id": name, "status": status, "progressDetail": {} if total is None else {"current": current, "total": total}}
+    detail = {} if total is None else {"current": current, "total": total}
+    return {"id": name, "status": status, "progressDetail": detail}
 
 
 def test_progress_counts_layers_and_never_goes_back() -> None:
@@ -19,7 +20,8 @@ def test_progress_counts_layers_and_never_goes_back() -> None:
         {"status": "Pulling from x", "id": "1"},
         event("a", "Pulling fs layer"), event("b", "Already exists"), event("a", "Downloading", 50, 100),
         event("a", "Downloading", 100, 100), event("a", "Verifying Checksum"), event("a", "Download complete"),
-        event("a", "Extracting", 10, 100), event("c", "Waiting"), event("a", "Pull complete"), event("c", "Pull complete"),
+        event("a", "Extracting", 10, 100), event("c", "Waiting"), event("a", "Pull complete"),
+        event("c", "Pull complete"),
         {"status": "Digest: sha256:abc"}, {"status": "Status: Downloaded newer image for x:1"},
     ):  # fmt: skip
         layers.feed(item)
@@ -33,12 +35,12 @@ def test_progress_counts_layers_and_never_goes_back() -> None:
 
 
 @pytest.mark.parametrize(("words", "kind", "message"), [
-    ('Get "https://r.x/v2/": dial tcp: lookup r.x on 10.0.0.53:53: no such host', Unavailable, "not found: no such host"),
-    ('Get "http://127.0.0.1:9/v2/": dial tcp 127.0.0.1:9: connect: connection refused', Unavailable, "connection refused"),
+    ('Get "https://r.x/v2/": dial tcp: lookup r.x on 10.0.0.53:53: no such host', Unavailable, "found: no such host"),
+    ('Get "http://127.0.0.1:9/v2/": dial tcp 127.0.0.1:9: connect: connection refused', Unavailable, "nobody answers"),
     ('Get "https://1.2.3.4:5/v2/": http: server gave HTTP response to HTTPS client', Refused, "speaks plain http"),
     ('Get "https://r.x/v2/": x509: certificate signed by unknown authority', Refused, "certificate"),
     ("manifest for r.x/a:1 not found: manifest unknown: manifest unknown", Refused, "has no image r.x/a:1"),
-    ("pull access denied for a, repository does not exist or may require 'docker login': denied", Refused, "needs a login"),
+    ("pull access denied for a, repository does not exist or may require 'docker login'", Refused, "needs a login"),
     ('Head "http://r.x/v2/a/manifests/1": no basic auth credentials', Refused, "needs a login"),
     ("toomanyrequests: You have reached your pull rate limit.", Unavailable, "rate limit"),
     ("write /var/lib/docker/tmp/GetImageBlob1: no space left on device", Unavailable, "no space left"),

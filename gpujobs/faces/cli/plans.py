@@ -48,16 +48,15 @@ def plan(
     ] = None,
 ) -> int:
     """Show what a job would get if it were submitted now: GPUs and why, mounts, the same as a docker run line."""
-    if simulate is not None:
-        answer = _simulated(file, simulate)
-    else:
-        answer = ready_client(context).plan([file], run_as=run_as)
+    answer = _simulated(file, simulate) if simulate else ready_client(context).plan([file], run_as=run_as)
     if json:
         emit_json(answer)
     elif words is not None:
         text = answer["docker_run" if words is Words.DOCKER else "compose"]
         if text is None:
-            raise Refused(f"it would wait now: {clean(answer['message'])}", hint="`gpujobs plan` without --as says why.")
+            raise Refused(
+                f"it would wait now: {clean(answer['message'])}", hint="`gpujobs plan` without --as says why."
+            )
         emit(clean(text) + "\n" if words is Words.DOCKER else text)
     else:
         _print(answer)
@@ -77,7 +76,8 @@ def _simulated(file: str, machine_file: Path) -> dict[str, Any]:
     view = View(queue=QueueState(), inventory=machine.inventory, host=host, policy=Policy())
     specs = [element.spec for element in elements_in(file)]
     rows = [
-        as_row(plan(spec, this_account(), Image(id="", reference=spec.image or "(built)"), view)) for spec in specs[:100]
+        as_row(plan(spec, this_account(), Image(id="", reference=spec.image or "(built)"), view))
+        for spec in specs[:100]
     ]
     return {**rows[0], "jobs": len(specs), "others": rows[1:], "simulated": True}
 
@@ -95,11 +95,12 @@ def _print(answer: dict[str, Any]) -> None:
         verb = "Note" if answer["starts"] else "It would wait now"
         emit(f"{verb}: {clean(answer['message'])}\n")
     elif answer["starts"]:
-        emit(f"It could start now{' on ' + str(len(answer['gpus'])) + ' GPUs' if answer['gpus'] else ', without GPUs'}.\n")
+        emit(f"It could start now, {f'on {len(gpus)} GPUs' if (gpus := answer['gpus']) else 'without GPUs'}.\n")
     if answer["reasons"]:
         emit_grid(grid)
     for mount in answer["mounts"]:
-        emit(f"Mount: {clean(mount['source'])} at {clean(mount['target'])}{' (read-only)' if mount['read_only'] else ''}\n")
+        end = " (read-only)\n" if mount["read_only"] else "\n"
+        emit(f"Mount: {clean(mount['source'])} at {clean(mount['target'])}{end}")
     if answer["docker_run"]:
         width = terminal_width() or 0
         emit(f"The same with docker:\n  {_folded(clean(answer['docker_run']), width)}\n")
