@@ -173,6 +173,7 @@ def environment_of(order: Order) -> tuple[list[str], list[tuple[str, str]]]:
         "GPUJOBS_ATTEMPT": str(order.attempt),
         "GPUJOBS_CHECKPOINT_DIR": f"{order.home}/{checkpoints(order.server, order.job)}",
         **({"GPUJOBS_ARRAY_INDEX": str(order.job.index)} if order.job.index is not None else {}),
+        **({"GPUJOBS_GPU_MEMORY": str(order.spec.gpus.share)} if order.spec.gpus.share else {}),
         "NVIDIA_VISIBLE_DEVICES": order.visible,
         **({"NVIDIA_DRIVER_CAPABILITIES": order.driver_capabilities} if order.allocation.gpus else {}),
     }
@@ -320,13 +321,18 @@ def ulimits_of(order: Order) -> list[tuple[str, int, int]]:
         "stack": 64 * 2**20,
         "core": 0,  # a core file of a training process is as large as its memory
     }
-    limits = {}
-    for name, value in defaults.items():
-        ceiling = order.ceilings.get(name)
-        kept = value if ceiling is None or 0 <= value <= ceiling else ceiling
-        limits[name] = (kept, kept)
-    limits.update({limit.name: (limit.soft, limit.hard) for limit in order.spec.ulimits})
+    wanted = {name: (value, value) for name, value in defaults.items()}
+    wanted.update({limit.name: (limit.soft, limit.hard) for limit in order.spec.ulimits})
+    limits = {
+        name: (_below(soft, order.ceilings.get(name)), _below(hard, order.ceilings.get(name)))
+        for name, (soft, hard) in wanted.items()
+    }
     return [(name, soft, hard) for name, (soft, hard) in sorted(limits.items())]
+
+
+def _below(value: int, ceiling: int | None) -> int:
+    """A resource limit, or the most that the Engine can give; -1 is no limit."""
+    return value if ceiling is None or 0 <= value <= ceiling else ceiling
 
 
 def config_hash(request: Mapping[str, Any]) -> str:
