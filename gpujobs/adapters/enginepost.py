@@ -148,7 +148,7 @@ async def _answered(host: str, connection: _Connection, silence: float | None) -
                 yield json.loads(line)
     except TimeoutError as error:
         raise Unavailable(
-            f"nothing was heard of it for {silence or _ANSWER_SECONDS:g} s", hint="Try again; the Engine's log may tell."
+            f"nothing was heard of it for {silence or _ANSWER_SECONDS:g} s", hint="Try again."
         ) from error
     except (OSError, IndexError, ValueError) as error:
         raise unreachable(host, error) from error

@@ -20,6 +20,9 @@ from gpujobs.adapters.logfile import LogWriter
 from gpujobs.adapters.logsegments import RESTORED, stored_size
 from gpujobs.logwire import GAP, LogRecord
 
+LOSS = b"gap:"
+"""How our own words begin where they mark that something is missing."""
+
 INDEX_RECORDS = 120_000
 """Records of the stored end that are held against an answer: about 25 MB of memory."""
 
@@ -98,7 +101,10 @@ async def index(log: LogWriter, position: int) -> Index:
             first, record = batch[0]
             if first + stored_size(record) != expected:
                 break  # the middle of the log has been dropped here: what lies before does not adjoin
-            found.append([(at, record.stream, hash(record)) for at, record in batch])
+            found.append([
+                (at, record.stream, hash(record)) for at, record in batch
+                if record.stream != GAP or record.payload.startswith(LOSS)  # our other words part nothing
+            ])  # fmt: skip
             count += len(batch)
             expected = batch[-1][0]
             whole = expected == 0

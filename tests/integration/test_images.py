@@ -587,7 +587,7 @@ def test_a_build_of_an_engine_that_is_killed_is_told_as_that(tmp_path: Path) -> 
             task = asyncio.create_task(images.build(context, Build(context="/c"), ALICE, LIMITS, output))
             await asyncio.wait_for(begun.wait(), 30)
             await asyncio.to_thread(killed.kill)
-            with pytest.raises(EngineAway, match="went away during the build|does not answer"):
+            with pytest.raises(EngineAway, match=r"went away during the build|does not answer"):
                 await task
 
         builder.on_loop(work)

@@ -133,3 +133,15 @@ def test_a_newline_that_was_put_in_is_not_looked_for_in_the_answer(tmp_path: obj
     again = stored(tmp_path)
     assert b"".join(r.payload for r in again if r.stream == 2) == b"w" * 16384 + b"rest\nend\n"
     assert {r.stream for r in again} == {1, 2}
+
+
+def test_our_own_words_at_a_logs_beginning_part_nothing(tmp_path: object) -> None:
+    """A build's output is stored before the container's; only a mark of a loss makes what follows uncertain."""
+    truth = [LogRecord(7, 1, b"ran\n")]
+    log = LogWriter(tmp_path)  # type: ignore[arg-type]
+    log.append_gap("Step 1/2 : FROM busybox", 5)
+    log.append(truth)
+    aligner = Aligner(log, asyncio.run(index(log, 0)), whole=True)
+    assert aligner.feed(truth) == []
+    assert aligner.state is State.MATCH
+    log.close()
