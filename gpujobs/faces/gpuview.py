@@ -51,7 +51,7 @@ def _version(value: object) -> str:
 def _is_free(gpu: Mapping[str, Any]) -> bool:
     busy = gpu.get("allocations") or any(_stranger(p) for p in gpu.get("processes") or [])
     held = any(mig.get("allocations") for mig in gpu.get("mig") or [])
-    return not busy and not held and gpu.get("health") in ("ok", "simulated")
+    return not busy and not held and not gpu.get("avoided") and gpu.get("health") in ("ok", "simulated")
 
 
 def glance(answer: Mapping[str, Any], width: int | None) -> Grid:

@@ -116,7 +116,7 @@ class Attempt:
         try:
             ending, code = await self._through()
             if code is None:
-                await self._signal("SIGKILL")  # its program never ran; what the init said is kept
+                await self._discard()
             self.started.set()
             fault("container-ended")
             await self._service.end(self.job_id, ending, code)
@@ -500,6 +500,20 @@ class Attempt:
         await self._signal(self._job.spec.stop_signal or "SIGTERM")
         await asyncio.sleep(self._job.spec.stop_grace_period)
         await self._signal("SIGKILL")
+
+    async def _discard(self) -> None:
+        """Its program never ran: end the container, keep it for what the init said, remove it if even that never ran.
+
+        A container that was only made could be started by anybody at any time, and so counts as holding its GPUs.
+        """
+        await self._signal("SIGKILL")
+        if self.container is None:
+            return
+        try:
+            if (await self._service.engine.inspect(self.container))["State"]["Status"] == "created":
+                await self._service.engine.remove(self.container)
+        except (EngineError, EngineAway) as error:
+            logger.warning("%s stays until it is tidied up: %s", self.name, error)
 
     async def _signal(self, signal: str) -> None:
         """Send the container a signal, where there is one, as soon as the Engine answers."""

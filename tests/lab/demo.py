@@ -32,6 +32,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("make demo needs root: it starts a Docker Engine and a server for all accounts.", file=sys.stderr)
         return 1
+    was_there = engine.find() is not None
     if lab.up() != 0:
         return 1
     found = engine.ensure()
@@ -56,7 +57,7 @@ def main() -> int:
     finally:
         serving.terminate()
         serving.wait(timeout=30)
-        if found.started:
+        if not was_there:
             engine.stop()
     simulated = " (SIMULATED GPUs)" if found.simulated else ""
     say(f"finished{simulated}" if code == 0 else f"the job ended with code {code}")

@@ -55,13 +55,15 @@ def logs(
     if follow and not all(has_ended(row) for row in rows):
         Follower(server, printer, tail=tail, since=start, attempt=attempt).follow([job])
         return OK
+    wrote = False
     for row in ran:
         name = id_of(row)
         for batch in server.log_batches(name, tail=tail, since=start, attempt=attempt):
+            wrote = True
             printer.records(name, batch)
         printer.end(name)
     printer.flush()
-    if rows and not ran:
+    if rows and not wrote and (not ran or rows[0].get("started_at") is None):
         tell(f"job {clean(job)} has no output: {render.state_line(rows[0])}")
     return OK
 
