@@ -1,6 +1,7 @@
 # The two commands: `make demo` and `make test`. Both install what is missing and are safe to run again.
 
-PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || command -v python3)
+# The distribution's Python where there is one: other accounts cannot run an interpreter below somebody's home.
+PYTHON ?= $$(test -x /usr/bin/python3 && echo /usr/bin/python3 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest

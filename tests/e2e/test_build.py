@@ -257,7 +257,9 @@ def pulled(lab: Engine, tmp_path: Path) -> Iterator[str]:
         name = f"{address}/e2e/pulled:1"
         context = tmp_path / "context"
         context.mkdir()
-        (context / "big").write_bytes(os.urandom(24 << 20))
+        with (context / "big").open("wb") as big:  # so much that its pull is seen on the way
+            for _ in range(16):
+                big.write(os.urandom(12 << 20))
         (context / "Dockerfile").write_text(f"FROM {BUSYBOX}\nCOPY big /\n")
         lab.docker("build", "--tag", name, str(context))
         lab.docker("push", name)
