@@ -1,48 +1,111 @@
-"""The server's settings: ``/etc/gpujobs/server.yaml`` or ``--config FILE``."""
+"""The server's settings, ``/etc/gpujobs/server.yaml`` or ``--config FILE``: validated like a job file.
+
+A setting is one field of :class:`Settings`: its type, its default, its reader and whether a change of it has to wait
+for a restart of the server. All others hold from the reload on (SIGHUP).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
-
-import yaml
-from annotated_types import Ge, Gt, Lt
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as validated
+from typing import Never, TypeVar, cast
 
 from gpujobs.core import forms
 from gpujobs.core.errors import InvalidInput, Problem
 from gpujobs.core.spec import Volume, volumes_of
-from gpujobs.core.values import Context, duration, size
+from gpujobs.core.values import (
+    Context,
+    Fault,
+    Faults,
+    SpecError,
+    duration,
+    not_a,
+    number,
+    printable,
+    size,
+    text,
+    typed,
+    unknown_key,
+    wrong,
+)
+from gpujobs.yamltree import Place, TextError, Tree, path_of
+from gpujobs.yamltree import read as read_tree
+
+T = TypeVar("T")
+
+PROBLEMS_MAX = 100
+"""Mistakes that are told of one file."""
 
 _CONTEXT = Context(file="", directory="/", home="/nonexistent", variables={})
+_LIST = "a list of accounts"
+
+HABITS = {
+    **dict.fromkeys(("admin", "administrators", "root_users"), "admins"),
+    **dict.fromkeys(("env", "envs", "variables"), "environment"),
+    **dict.fromkeys(("volume", "mount", "mounts", "binds"), "volumes"),
+    **dict.fromkeys(("oci_runtime", "docker_runtime", "runtimes", "default_runtime"), "runtime"),
+    **dict.fromkeys(("keep", "retention", "keep_containers"), "keep_ended"),
+    **dict.fromkeys(("reserve", "reserved_memory", "memory_reserved"), "memory_reserve"),
+}
+"""What people write who come from elsewhere."""
 
 
-def _seconds(value: object) -> object:
-    return duration(value, 0) if isinstance(value, str) else value
+def _runtime(value: object) -> str:
+    return text(value, "the name of an OCI runtime", "its name, such as nvidia", limit=128)
 
 
-def _bytes(value: object) -> object:
-    return size(value, 1) if isinstance(value, str) else value
+def _time(value: object) -> float:
+    return duration(value, 0)
 
 
-def _environment(value: object) -> object:
+def _time_above_0(value: object) -> float:
+    return duration(value, 1)
+
+
+def _part(value: object) -> float:
+    part = number(value, "a part of the memory", "a number from 0 to less than 1, such as 0.1", 0, 1)
+    if part == 1:
+        raise wrong("1 would leave no memory for jobs; write a number from 0 to less than 1, such as 0.1")
+    return part
+
+
+def _accounts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise not_a(value, _LIST, "[ada, grace]")
+    faults = Faults()
+    names = [faults.run((index,), text, item, "an account", "its name", limit=256) for index, item in enumerate(value)]
+    faults.check()
+    return tuple(name for name in names if name is not None)
+
+
+def _step_memory(value: object) -> int:
+    return size(value, 64 << 20, "8g")
+
+
+def _cpus(value: object) -> float:
+    return number(value, "a number of CPUs", "a number such as 4 or 0.5", 0.01, 4096)
+
+
+def _environment(value: object) -> tuple[tuple[str, str], ...]:
     return forms.environment(value, _CONTEXT)
 
 
-def _volumes(value: object) -> object:
+def _volumes(value: object) -> tuple[Volume, ...]:
     found = volumes_of(value, _CONTEXT)
-    for volume in found:
+    faults = Faults()
+    for index, volume in enumerate(found):
         if volume.type != "bind":
-            raise ValueError(f"{volume.target}: only directories and files of the host can be given to every job")
+            faults.add(f"{volume.target}: only directories and files of the host can be given to every job", index)
+    faults.check()
     return found
 
 
-_CONFIG = ConfigDict(extra="forbid", strict=False)
+def _setting(default: T, read: Callable[[object], T], *, restart: bool = False) -> T:
+    """One setting: what an absent key means, how its value is read, and whether a change waits for a restart."""
+    return field(default=default, metadata={"read": read, "restart": restart})
 
 
-@validated(frozen=True, kw_only=True, config=_CONFIG)
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What an administrator can set; each default is what an absent key means.
@@ -52,27 +115,31 @@ class Settings:
         keep_ended: Seconds for which an ended job's container is kept.
         memory_reserve: The part of the host's memory that is given to no job, 0-1.
         admins: Accounts that may act on everybody's jobs, besides root.
-        environment: Variables that every job has, such as proxies and the place of a model cache; the job
-            file's win.
         build_memory: Bytes of memory that each step of a build may use.
         build_cpus: CPUs of the same.
         build_time: Seconds that a build may take.
+        environment: Variables that every job has, such as proxies and the place of a model cache; the job
+            file's win.
         volumes: Mounts that every job has where its owner can open them, such as shared data sets: as in a job
             file, bind mounts only.
     """
 
-    runtime: str = "nvidia"
-    keep_ended: Annotated[float, BeforeValidator(_seconds), Ge(0)] = 86400.0
-    memory_reserve: Annotated[float, Ge(0), Lt(1)] = 0.1
-    admins: tuple[str, ...] = ()
-    build_memory: Annotated[int, BeforeValidator(_bytes), Ge(64 * 2**20)] = 8 * 2**30
-    build_cpus: Annotated[float, Gt(0)] = 4.0
-    build_time: Annotated[float, BeforeValidator(_seconds), Gt(0)] = 3600.0
-    environment: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_environment)] = ()
-    volumes: Annotated[tuple[Volume, ...], BeforeValidator(_volumes)] = ()
+    # Which containers can use GPUs is judged by it: those that run already have to be judged anew.
+    runtime: str = _setting("nvidia", _runtime, restart=True)
+    keep_ended: float = _setting(86400.0, _time)
+    # The shapes of all that waits are made with it.
+    memory_reserve: float = _setting(0.1, _part, restart=True)
+    admins: tuple[str, ...] = _setting((), _accounts)
+    build_memory: int = _setting(8 << 30, _step_memory)
+    build_cpus: float = _setting(4.0, _cpus)
+    build_time: float = _setting(3600.0, _time_above_0)
+    environment: tuple[tuple[str, str], ...] = _setting((), _environment)
+    volumes: tuple[Volume, ...] = _setting((), _volumes)
 
 
-_ADAPTER = TypeAdapter(Settings)
+_FIELDS: dict[str, Field[object]] = {item.name: item for item in fields(Settings)}
+RESTART = frozenset(name for name, item in _FIELDS.items() if item.metadata["restart"])
+"""The settings whose changes hold only after a restart of the server."""
 
 
 def load(path: Path | None) -> Settings:
@@ -84,17 +151,85 @@ def load(path: Path | None) -> Settings:
     if path is None:
         return Settings()
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _ADAPTER.validate_python({} if data is None else data)
+        content = path.read_bytes()
     except OSError as error:
         raise InvalidInput(f"the settings {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"the settings {path} are not UTF-8: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"the settings {path} are no YAML: {error}") from error
-    except ValidationError as error:
-        problems = tuple(
-            Problem(str(path), 0, 0, ".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()
-        )
-        raise InvalidInput(f"the settings {path} are not valid", hint="docs/operations.md lists them.",
-                           problems=problems) from error  # fmt: skip
+    return read(content, str(path))
+
+
+def read(content: bytes | str, file: str) -> Settings:
+    """The settings that a text says.
+
+    Args:
+        content: YAML, UTF-8, at most 1 MiB; empty for the defaults.
+        file: Its name, for messages.
+
+    Raises:
+        InvalidInput: With every mistake, in the file's order.
+    """
+    try:
+        tree = read_tree(content, empty=None, second="a second document begins; the settings are one")
+    except TextError as error:
+        raise _mistakes(file, [_problem(file, error.note.place, (), error.note.message)]) from error
+    problems = [_problem(file, note.place, note.loc, note.message) for note in tree.notes]
+    faults = Faults()
+    given = _given(tree.value, faults)
+    try:
+        faults.check()
+    except SpecError as error:
+        problems += [_of_fault(file, fault, tree) for fault in error.faults]
+    if problems:
+        raise _mistakes(file, problems)
+    return _with(Settings(), given)
+
+
+def after_reload(now: Settings, wanted: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """What holds when a running server takes new settings, and the names of those that wait for its restart."""
+    kept = {name: getattr(now, name) for name in _FIELDS if name in RESTART}
+    waiting = tuple(name for name, value in kept.items() if value != getattr(wanted, name))
+    return _with(wanted, kept), waiting
+
+
+def _with(settings: Settings, values: dict[str, object]) -> Settings:
+    # Each value came from its field's reader, which has the field's type.
+    return replace(settings, **cast("dict[str, Never]", values))
+
+
+def _given(value: object, faults: Faults) -> dict[str, object]:
+    """The values of the keys that the file has."""
+    if typed(value) is None:
+        return {}
+    if not isinstance(value, Mapping):
+        faults.add("the settings are not a mapping; write keys and values, such as `keep_ended: 24h`")
+        return {}
+    given: dict[str, object] = {}
+    for key, item in value.items():
+        if key not in _FIELDS:
+            faults.add(unknown_key(key, list(_FIELDS), HABITS), key, at_key=True)
+        elif typed(item) is None:
+            faults.add("the key has no value; write one, or leave the key out", key)
+        else:
+            given[key] = faults.run((key,), _FIELDS[key].metadata["read"], item)
+    return given
+
+
+def _of_fault(file: str, fault: Fault, tree: Tree) -> Problem:
+    loc = fault.loc
+    while loc and loc not in tree.values:  # of a short form the whole is meant
+        loc = loc[:-1]
+    places = tree.keys if fault.at_key and loc in tree.keys else tree.values
+    return _problem(file, places.get(loc, Place(1, 1)), loc, fault.message)
+
+
+def _problem(file: str, place: Place, loc: tuple[str | int, ...], message: str) -> Problem:
+    return Problem(file, place.line, place.column, path_of(loc), printable(message))
+
+
+def _mistakes(file: str, problems: list[Problem]) -> InvalidInput:
+    told = sorted(set(problems))
+    many = f"{len(told)} mistakes" if len(told) > 1 else "a mistake"
+    rest = "" if len(told) <= PROBLEMS_MAX else f" The first {PROBLEMS_MAX} are shown."
+    return InvalidInput(
+        f"the settings {file} have {many}", hint=f"docs/operations.md lists the settings.{rest}",
+        problems=tuple(told[:PROBLEMS_MAX]),
+    )  # fmt: skip

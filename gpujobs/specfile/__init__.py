@@ -20,8 +20,8 @@ from gpujobs.core.interpolate import interpolate, names, references
 from gpujobs.core.spec import JobFile, JobSpec
 from gpujobs.core.values import Context, Fault, Json, Loc, Parsed, SpecError, amount, printable, shown, typed, wrong
 from gpujobs.specfile import matrix
-from gpujobs.specfile.tree import Place, TextError, Tree, read
 from gpujobs.specfile.words import MISSING, unknown
+from gpujobs.yamltree import Place, TextError, Tree, path_of, read
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -298,7 +298,7 @@ class _Reading:
                 # Elements of a matrix go wrong in the same place: told for the first of them.
                 loc = self._known(fault.loc)
                 place = self._place(loc, at_key=fault.at_key)
-                if (place.line, place.column, _path(loc)) not in known:
+                if (place.line, place.column, path_of(loc)) not in known:
                     self._faults([self._with(fault, element)])
         return None
 
@@ -332,7 +332,7 @@ class _Reading:
 
     def _note(self, place: Place, loc: Loc, message: str) -> None:
         # Readers quote what they were given; whatever else of the file is in a sentence is made harmless here.
-        self._problems.add(Problem(self._context.file, place.line, place.column, _path(loc), printable(message)))
+        self._problems.add(Problem(self._context.file, place.line, place.column, path_of(loc), printable(message)))
 
     def _raise(self) -> None:
         if not self._problems:
@@ -370,18 +370,6 @@ def _flat(error: ValueError, above: Loc = ()) -> Iterator[Fault]:
             yield Fault(loc[:-1], f"{loc[-1]} is missing; {MISSING[str(loc[-1])]}")
         else:
             raise AssertionError(item)
-
-
-def _path(loc: Loc) -> str:
-    path = ""
-    for step in loc:
-        if isinstance(step, int):
-            path += f"[{step}]"
-            continue
-        plain = step.replace("_", "").replace("-", "").isalnum() and step.isascii()
-        word = step if plain else shown(step, 40)
-        path += f".{word}" if path else word
-    return path
 
 
 __all__ = ["Context", "Element", "InvalidInput", "Needs", "Problem", "needs", "parse", "schema", "variables"]

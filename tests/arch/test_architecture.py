@@ -184,9 +184,14 @@ def test_operations_lists_every_fault_point_and_what_is_true_there() -> None:
 
 
 def test_operations_lists_every_setting_and_its_default() -> None:
-    listed = {name: yaml.safe_load(cells[0].strip("`")) for name, cells in rows("setting").items()}
+    listed = {name: cells[0].strip("`") for name, cells in rows("setting").items()}
     assert list(listed) == [item.name for item in fields(Settings)]
-    assert configuration._ADAPTER.validate_python(listed) == Settings()
+    assert configuration.read("".join(f"{name}: {value}\n" for name, value in listed.items()), "doc") == Settings()
+
+
+def test_operations_says_which_settings_wait_for_a_restart() -> None:
+    assert {name for name, cells in rows("setting").items() if cells[1] == "at a restart"} == configuration.RESTART
+    assert {cells[1] for cells in rows("setting").values()} == {"at a restart", "at a reload"}
 
 
 def test_the_annotated_settings_are_the_defaults_and_each_is_explained() -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.lab import checkout
 from tests.lab.accounts import Account, command_as
 from tests.lab.engine import Daemon, Engine
 
@@ -25,7 +26,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
-GPUJOBS = ROOT / ".venv/bin/gpujobs"
+GPUJOBS = checkout.program()
 BUSYBOX = "gpujobs-lab/busybox:1"
 CUDA_LIKE = "gpujobs-lab/cuda-like:1"
 HOSTILE = "gpujobs-lab/hostile:1"

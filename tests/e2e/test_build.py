@@ -19,13 +19,19 @@ from typing import Any
 import pytest
 
 from tests.e2e.harness import BUSYBOX, GPUJOBS, ROOT, Done, Place, Server, wait_for
-from tests.lab import images
+from tests.lab import checkout, images
 from tests.lab.accounts import Account, command_as
 from tests.lab.engine import Engine
 from tests.lab.registry import registry
 
 VENV_BASE = "gpujobs-lab/python-venv:1"
-PYTHON = str(ROOT / ".venv/bin/python")
+PYTHON = str(checkout.reachable() / ".venv/bin/python")
+
+
+def client_of(server: Server) -> dict[str, str]:
+    """The environment of a client program of any account."""
+    return {"GPUJOBS_HOST": server.host, "PYTHONPATH": str(checkout.reachable())}
+
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def send(server: Server, entry: Any, user: Account) -> subprocess.CompletedProce
         "import json, os, sys; from gpujobs.faces.client import *; "
         "Client(find_host(os.environ)).send_context(json.loads(sys.argv[1]))"
     )
-    argv = command_as(user, [PYTHON, "-c", script, json.dumps(entry)], {"GPUJOBS_HOST": server.host})
+    argv = command_as(user, [PYTHON, "-c", script, json.dumps(entry)], client_of(server))
     return subprocess.run(argv, capture_output=True, check=False, cwd="/")
 
 
@@ -88,7 +94,7 @@ def submission(server: Server, directory: Path, user: Account) -> Any:
         "import json, os, sys; from gpujobs.faces.client import *; "
         "print(json.dumps(Client(find_host(os.environ)).submit([sys.argv[1]])))"
     )
-    argv = command_as(user, [PYTHON, "-c", script, str(directory / "job.yaml")], {"GPUJOBS_HOST": server.host})
+    argv = command_as(user, [PYTHON, "-c", script, str(directory / "job.yaml")], client_of(server))
     done = subprocess.run(argv, capture_output=True, check=False, cwd="/")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -23,10 +23,10 @@ from gpujobs.core import checkup
 from gpujobs.core.facts import NvmlFacts
 from gpujobs.core.finding import Level
 from gpujobs.service import doctor
-from tests.lab import accounts, engine, nvml
+from tests.lab import accounts, checkout, engine, nvml
 from tests.lab.__main__ import LIBRARY_DIR
 
-PROGRAM = Path(sys.executable).with_name("gpujobs")
+PROGRAM = checkout.program()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tests.lab import accounts, engine, images, nvml
+from tests.lab import accounts, checkout, engine, images, nvml
 
 LIBRARY_DIR = engine.CACHE / "nvml"
 
@@ -67,6 +67,7 @@ def up() -> int:
 
 def down(*, purge: bool) -> int:
     """End the lab's Engine; with ``purge`` its images and the cache go too. Accounts and packages stay."""
+    checkout.release()  # before anything is removed: it shows this checkout
     with step("Docker Engine") as tell:
         tell("stopped" if engine.stop() else "did not run")
     engine.NVML_STATE.unlink(missing_ok=True)
@@ -110,10 +111,13 @@ def env() -> int:
 def main() -> int:
     """Carry out one command."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab", description=__doc__)
-    parser.add_argument("command", choices=("up", "down", "status", "env"))
+    parser.add_argument("command", choices=("up", "down", "status", "env", "checkout"))
     parser.add_argument("--purge", action="store_true", help="down: remove images and cache too")
     options = parser.parse_args()
     try:
+        if options.command == "checkout":
+            print(checkout.reachable())
+            return 0
         if options.command == "down":
             return down(purge=options.purge)
         return {"up": up, "status": status, "env": env}[options.command]()

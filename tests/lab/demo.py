@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,15 @@ def gpujobs(*arguments: str, environment: dict[str, str]) -> int:
     return subprocess.run([GPUJOBS, *arguments], env=environment, check=False, cwd=ROOT).returncode
 
 
+def _copied(user: accounts.Account) -> Path:
+    """The example in the account's own home, where it can be read: this checkout may lie in root's."""
+    target = user.home / "train"
+    shutil.copytree(ROOT / "examples/train", target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (target, *target.rglob("*")):
+        os.chown(path, user.uid, user.gid)
+    return target
+
+
 def main() -> int:
     """Set up, serve, submit, watch; 0 when the job succeeded."""
     if os.geteuid() != 0:
@@ -41,7 +51,7 @@ def main() -> int:
             "== containers, the isolation of devices and the training are real. No figure here is a GPU's.")
     places = {"GPUJOBS_HOST": f"unix://{SOCKET}", "GPUJOBS_STATE": str(STATE)}
     environment = {**os.environ, **lab.environment(found), **places}
-    user = accounts.ensure()[0].name
+    user = accounts.ensure()[0]
     pipe = subprocess.PIPE
     serving = subprocess.Popen([GPUJOBS, "serve"], env=environment, stdout=pipe, stderr=pipe, text=True)
     assert serving.stdout is not None
@@ -50,8 +60,8 @@ def main() -> int:
         if not serving.stdout.readline().startswith("listening on"):
             print(serving.stderr.read(), file=sys.stderr)
             return 1
-        say(f"a server runs; a job is submitted for the account {user}, which is in no docker group")
-        code = gpujobs("run", "--run-as", user, "examples/train/job.yaml", environment=environment)
+        say(f"a server runs; a job is submitted for the account {user.name}, which is in no docker group")
+        code = gpujobs("run", "--run-as", user.name, str(_copied(user) / "job.yaml"), environment=environment)
         gpujobs("gpus", environment=environment)
         gpujobs("ps", "--all", environment=environment)
     finally:

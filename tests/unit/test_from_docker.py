@@ -268,7 +268,7 @@ def test_any_line_is_translated_or_refused(pieces: list[str]) -> None:
 @settings(max_examples=500, deadline=None)
 @given(st.text(max_size=30))
 def test_the_writer_quotes_so_that_a_text_comes_back(text: str) -> None:
-    from gpujobs.specfile.tree import read
+    from gpujobs.yamltree import read
 
     if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
         return

@@ -18,7 +18,7 @@ from gpujobs.core.errors import InvalidInput
 from gpujobs.core.interpolate import substitute
 from gpujobs.core.spec import Port, Ulimit, Volume
 from gpujobs.core.values import typed
-from gpujobs.specfile.tree import TextError, read
+from gpujobs.yamltree import TextError, read
 from tests.unit.corpus import CONTEXT, UUIDS, Case, load
 
 BAD = load("bad.txt")

@@ -1,4 +1,4 @@
-"""YAML text to plain values with the position of each, under limits.
+"""YAML text to plain values with the position of each, under limits: for job files and the server's settings.
 
 Only what both a person and any YAML reader would read alike gets through: YAML 1.2's core schema, no
 duplicate keys, no tags, one document. Aliases and merge keys work, and what they expand to is counted.
@@ -20,6 +20,8 @@ NODES_MAX = 50_000
 """Values in a file once aliases are expanded; each costs about half a kilobyte while it is read."""
 DEPTH_MAX = 24
 """Of lists and mappings within each other; a job file needs five."""
+EMPTY = "the file is empty; write at least name: and image: or build:"
+SECOND = "a second document begins; write one job a file, or a matrix"
 
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that YAML 1.2 does not take unescaped (production 1, c-printable)."""
@@ -115,23 +117,44 @@ def _at(before: str) -> Place:
     return Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
 
 
-def read(text: bytes | str) -> Tree:
+def read(text: bytes | str, *, empty: str | None = EMPTY, second: str = SECOND) -> Tree:
     """Reads one document.
+
+    Args:
+        text: The file, UTF-8.
+        empty: What is said of a text that holds no value; None where that is allowed: the tree's value is None.
+        second: What is said where another document begins.
 
     Raises:
         TextError: It cannot be read to its end.
     """
     plain = decode(text)
     tree = Tree()
-    root = _compose(plain, tree)
-    _expand(root, tree)
+    root = _compose(plain, tree, second)
+    if root is not None:
+        _expand(root, tree)
+    elif empty is not None:
+        raise TextError(Place(1, 1), empty)
     return tree
 
 
-def _compose(text: str, tree: Tree) -> _Node:
+def path_of(loc: Loc) -> str:
+    """A value's path as it is told to people: ``gpus.count``, ``volumes[2]``."""
+    path = ""
+    for step in loc:
+        if isinstance(step, int):
+            path += f"[{step}]"
+            continue
+        plain = step.replace("_", "").replace("-", "").isalnum() and step.isascii()
+        word = step if plain else shown(step, 40)
+        path += f".{word}" if path else word
+    return path
+
+
+def _compose(text: str, tree: Tree, second: str) -> _Node | None:
     parser = _Parser(text)
     try:
-        return _Composer(tree).document(parser.get_event)
+        return _Composer(tree, second).document(parser.get_event)
     except yaml.MarkedYAMLError as error:
         raise _syntax(error, text) from error
     except yaml.YAMLError as error:
@@ -202,14 +225,15 @@ def _say(problem: str) -> str:
 class _Composer:
     """Builds nodes from events without recursion, under the limits."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, second: str) -> None:
         self._tree = tree
+        self._second = second
         self._anchors: dict[str, _Node] = {}
         self._stack: list[tuple[_Node, list[_Node]]] = []
         self._made = 0
         self._root: _Node | None = None
 
-    def document(self, next_event: Callable[[], yaml.Event | None]) -> _Node:
+    def document(self, next_event: Callable[[], yaml.Event | None]) -> _Node | None:
         documents = 0
         while (event := next_event()) is not None and not isinstance(event, yaml.StreamEndEvent):
             mark = event.start_mark
@@ -218,7 +242,7 @@ class _Composer:
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    raise TextError(place, "a second document begins; write one job a file, or a matrix")
+                    raise TextError(place, self._second)
             elif isinstance(event, yaml.AliasEvent):
                 self._alias(str(event.anchor), place)
             elif isinstance(event, yaml.ScalarEvent):
@@ -238,8 +262,6 @@ class _Composer:
                 node.height = 1 + max((item.height for item in items), default=0)
                 node.done = True
                 self._add(node)
-        if self._root is None:
-            raise TextError(Place(1, 1), "the file is empty; write at least name: and image: or build:")
         return self._root
 
     def _scalar(self, event: yaml.ScalarEvent, place: Place) -> None:
