@@ -37,13 +37,13 @@ test: install
 	cd "$$($(BIN)/python -m tests.lab checkout)" && $(PYTEST)
 
 unit: install
-	$(PYTEST) tests/unit tests/arch
+	$(PYTEST) --numprocesses=auto tests/unit tests/arch
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST) -q tests/unit tests/arch
+	$(PYTEST) -q --numprocesses=auto tests/unit tests/arch
 
 bench: install
 	$(BIN)/python -m tests.lab up

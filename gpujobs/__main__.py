@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +36,35 @@ def doctor() -> Report:
     return doctor.examine()
 
 
+def check_state() -> str:
+    """Look at the ledger of the server that this process would be."""
+    from gpujobs.service import upkeep
+
+    return upkeep.check_state(os.environ)
+
+
+def back_up(target: Path) -> str:
+    """Copy that ledger into a file."""
+    from gpujobs.service import upkeep
+
+    return upkeep.back_up(os.environ, target)
+
+
+def setup(say: Callable[[str], None], *, uninstall: bool, purge: bool, dry_run: bool) -> None:
+    """Make the system installation, or remove it."""
+    from gpujobs.service import setup
+
+    if uninstall:
+        setup.uninstall(say, purge=purge, dry_run=dry_run)
+    else:
+        setup.install(say, dry_run=dry_run)
+
+
 def main() -> int:
     """Run the command that the process was started with, and return its exit code."""
-    return cli.main(serve=serve, ensure_server=ensure_server, doctor=doctor)
+    return cli.main(
+        serve=serve, ensure_server=ensure_server, doctor=doctor, check_state=check_state, back_up=back_up, setup=setup
+    )
 
 
 if __name__ == "__main__":

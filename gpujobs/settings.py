@@ -13,13 +13,18 @@ from typing import Never, TypeVar, cast
 
 from gpujobs.core import forms
 from gpujobs.core.errors import InvalidInput, Problem
+from gpujobs.core.rules import EVERYBODY, FEATURES, Accounts, Rules, Visibility
 from gpujobs.core.spec import Volume, volumes_of
 from gpujobs.core.values import (
     Context,
     Fault,
     Faults,
     SpecError,
+    boolean,
+    choice,
+    did_you_mean,
     duration,
+    integer,
     not_a,
     number,
     printable,
@@ -39,6 +44,7 @@ PROBLEMS_MAX = 100
 
 _CONTEXT = Context(file="", directory="/", home="/nonexistent", variables={})
 _LIST = "a list of accounts"
+_IMAGE = "a name or glob, such as nvcr.io/nvidia/*"
 
 HABITS = {
     **dict.fromkeys(("admin", "administrators", "root_users"), "admins"),
@@ -47,6 +53,12 @@ HABITS = {
     **dict.fromkeys(("oci_runtime", "docker_runtime", "runtimes", "default_runtime"), "runtime"),
     **dict.fromkeys(("keep", "retention", "keep_containers"), "keep_ended"),
     **dict.fromkeys(("reserve", "reserved_memory", "memory_reserved"), "memory_reserve"),
+    **dict.fromkeys(("user", "allowed_users", "accounts", "access"), "users"),
+    **dict.fromkeys(("visibility", "privacy", "show_queue"), "queue_visibility"),
+    **dict.fromkeys(("allowed", "features", "permissions"), "allow"),
+    **dict.fromkeys(("image", "allowed_images", "registries"), "images"),
+    **dict.fromkeys(("log_size", "log_limit", "max_log"), "log_tail"),
+    **dict.fromkeys(("disk", "disk_limit", "storage"), "layer_size"),
 }
 """What people write who come from elsewhere."""
 
@@ -70,13 +82,95 @@ def _part(value: object) -> float:
     return part
 
 
-def _accounts(value: object) -> tuple[str, ...]:
+def _account(value: object) -> str:
+    name = text(value, "an account", "its name", limit=256)
+    if name == "@":
+        raise wrong("a group has no name; write @ and its name, such as @students")
+    return name
+
+
+def _accounts(value: object) -> Accounts:
     if not isinstance(value, list | tuple):
         raise not_a(value, _LIST, "[ada, grace]")
     faults = Faults()
-    names = [faults.run((index,), text, item, "an account", "its name", limit=256) for index, item in enumerate(value)]
+    names = [faults.run((index,), _account, item) for index, item in enumerate(value)]
     faults.check()
     return tuple(name for name in names if name is not None)
+
+
+def _admins(value: object) -> Accounts:
+    names = _accounts(value)
+    if EVERYBODY in names:
+        raise wrong("'*' would make everybody an administrator; name accounts, or groups as @group")
+    return names
+
+
+def _allow(value: object) -> tuple[tuple[str, str, Accounts], ...]:
+    """Keys of the job file, their values, and the accounts that may use them."""
+    if not isinstance(value, Mapping):
+        raise not_a(value, "a mapping of keys of the job file", "{ipc: {host: [ada, '@hpc']}}")
+    faults = Faults()
+    found: list[tuple[str, str, Accounts]] = []
+    for key, inner in value.items():
+        if key not in FEATURES:
+            faults.add(unknown_key(key, list(FEATURES)), key, at_key=True)
+        elif (words := faults.run((key,), _allowed_values, key, inner)) is not None:
+            found += ((key, word, accounts) for word, accounts in words)
+    faults.check()
+    return tuple(found)
+
+
+def _allowed_values(key: str, value: object) -> list[tuple[str, Accounts]]:
+    words = FEATURES[key]
+    if not isinstance(value, Mapping):
+        raise not_a(value, "a mapping of values to accounts", f"{{{words[0]}: [ada, '@hpc']}}")
+    faults = Faults()
+    found = []
+    for word, accounts in value.items():
+        if word not in words:
+            faults.add(f"no setting can allow this; allowed are {', '.join(words)}{did_you_mean(word, words)}", word,
+                       at_key=True)  # fmt: skip
+        elif (names := faults.run((word,), _accounts, accounts)) is not None:
+            found.append((word, names))
+    faults.check()
+    return found
+
+
+def _images(value: object) -> tuple[tuple[str, Accounts], ...]:
+    """Globs for everybody, or a mapping of globs to the accounts that may run them."""
+    faults = Faults()
+    found: list[tuple[str, Accounts]] = []
+    if isinstance(value, Mapping):
+        for glob, accounts in value.items():
+            known = faults.run_key(glob, lambda key: text(key, "an image", _IMAGE, limit=512))
+            names = faults.run((glob,), _accounts, accounts)
+            if known is not None and names is not None:
+                found.append((known, names))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            known = faults.run((index,), text, item, "an image", _IMAGE, limit=512)
+            if known is not None:
+                found.append((known, (EVERYBODY,)))
+    else:
+        raise not_a(value, "a list of images", "[nvcr.io/nvidia/*, python]")
+    faults.check()
+    return tuple(found)
+
+
+def _visibility(value: object) -> Visibility:
+    return cast("Visibility", choice(value, "how much of others' jobs is shown", ("all", "names-hidden", "counts")))
+
+
+def _count(value: object) -> int:
+    return integer(value, "a number", "a number such as 1000", 1, 10**9)
+
+
+def _layer_size(value: object) -> int:
+    return 0 if typed(value) == 0 else size(value, 64 << 20, "100g, or 0 for no limit")
+
+
+def _bytes(value: object) -> int:
+    return size(value, 1 << 20, "200m")
 
 
 def _step_memory(value: object) -> int:
@@ -114,7 +208,21 @@ class Settings:
         runtime: The OCI runtime that gives containers their GPUs.
         keep_ended: Seconds for which an ended job's container is kept.
         memory_reserve: The part of the host's memory that is given to no job, 0-1.
-        admins: Accounts that may act on everybody's jobs, besides root.
+        users: Accounts and groups that may use the server; ``*``: all; empty: whom the socket's mode lets in.
+        admins: Accounts and groups that may act on everybody's jobs, besides root.
+        queue_visibility: What accounts see of others' jobs.
+        allow: Key and value of the job file that are gated, and the accounts that may use them.
+        images: Globs of images and the accounts that may run them; empty: everybody may run all.
+        runsc_gpus: Whether jobs with GPUs may run under gVisor here.
+        submission_jobs: Jobs of one submission.
+        array_elements: Elements of one array.
+        queued_jobs: Jobs of one account that wait.
+        submissions_per_minute: Submissions of one account in a minute.
+        connections: Connections of one account at a time.
+        streams: Followed logs, watched jobs and uploads of one account at a time.
+        log_head: Bytes kept of a log's beginning.
+        log_tail: Bytes kept of a log's end.
+        layer_size: Bytes that a job may write into its container; 0 for no limit.
         build_memory: Bytes of memory that each step of a build may use.
         build_cpus: CPUs of the same.
         build_time: Seconds that a build may take.
@@ -129,12 +237,34 @@ class Settings:
     keep_ended: float = _setting(86400.0, _time)
     # The shapes of all that waits are made with it.
     memory_reserve: float = _setting(0.1, _part, restart=True)
-    admins: tuple[str, ...] = _setting((), _accounts)
+    users: Accounts = _setting((), _accounts)
+    admins: Accounts = _setting((), _admins)
+    queue_visibility: Visibility = _setting("all", _visibility)
+    allow: tuple[tuple[str, str, Accounts], ...] = _setting((), _allow)
+    images: tuple[tuple[str, Accounts], ...] = _setting((), _images)
+    runsc_gpus: bool = _setting(False, boolean)
+    submission_jobs: int = _setting(10_000, _count)
+    array_elements: int = _setting(10_000, _count)
+    queued_jobs: int = _setting(200_000, _count)
+    submissions_per_minute: int = _setting(1200, _count)
+    connections: int = _setting(1024, _count)
+    streams: int = _setting(512, _count)
+    # Logs that are being written go on as they began.
+    log_head: int = _setting(200 << 20, _bytes, restart=True)
+    log_tail: int = _setting(200 << 20, _bytes, restart=True)
+    layer_size: int = _setting(100 << 30, _layer_size)
     build_memory: int = _setting(8 << 30, _step_memory)
     build_cpus: float = _setting(4.0, _cpus)
     build_time: float = _setting(3600.0, _time_above_0)
     environment: tuple[tuple[str, str], ...] = _setting((), _environment)
     volumes: tuple[Volume, ...] = _setting((), _volumes)
+
+
+    @property
+    def rules(self) -> Rules:
+        """What is allowed to whom."""
+        allow: dict[tuple[str, str], Accounts] = {(key, value): names for key, value, names in self.allow}
+        return Rules(allow=allow, images=self.images, runsc_gpus=self.runsc_gpus)
 
 
 _FIELDS: dict[str, Field[object]] = {item.name: item for item in fields(Settings)}

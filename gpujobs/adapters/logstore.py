@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpujobs.adapters.logfile import LogReader, LogWriter
+from gpujobs.adapters.logfile import HEAD_LIMIT, TAIL_LIMIT, LogReader, LogWriter
 from gpujobs.core.job import JobId
 
 
@@ -13,10 +13,13 @@ class LogStore:
 
     Args:
         root: Made with mode 0700 where it is missing.
+        head_limit: Bytes kept of each log's beginning.
+        tail_limit: Bytes kept of its end, beyond that.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, head_limit: int = HEAD_LIMIT, tail_limit: int = TAIL_LIMIT) -> None:
         self._root = root
+        self._limits = (head_limit, tail_limit)
         self._open: dict[tuple[JobId, int], LogWriter] = {}
 
     def _path(self, job: JobId, attempt: int) -> Path:
@@ -29,7 +32,7 @@ class LogStore:
         if key not in self._open:
             path = self._path(job, attempt)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._open[key] = LogWriter(path)
+            self._open[key] = LogWriter(path, *self._limits)
         return self._open[key]
 
     def is_open(self, job: JobId, attempt: int) -> bool:

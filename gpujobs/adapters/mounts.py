@@ -8,7 +8,8 @@ up the loop.
 
 A pin is a recursive bind mount with ``nosuid``, ``nodev`` and, where asked, ``ro`` on every mount of it. Give
 its path to the Engine as a *writable* bind even where the pin is read-only: for ``ro`` the Engine remounts
-its own copy, and drops ``nosuid`` and ``nodev`` from it.
+its own copy, and drops ``nosuid`` and ``nodev`` from it. A sealed pin is read-only until the container is made:
+see :mod:`gpujobs.adapters.mounts_seal`.
 """
 
 from __future__ import annotations
@@ -234,9 +235,11 @@ class _Mounts:
         async with self._slots[owner.uid]:
             return await self._helper.ask(op, owner=account, path=path, **values)
 
-    async def _pin(self, op: str, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
-        values, _ = await self._as(owner, op, source, read_only=read_only, name=name)
-        return Pin(read_only=read_only, **values)
+    async def _pin(
+        self, op: str, owner: Owner, source: str, read_only: bool, name: str, *, sealed: bool = False
+    ) -> Pin:
+        values, _ = await self._as(owner, op, source, read_only=read_only, name=name, sealed=sealed)
+        return Pin(read_only=read_only, **{**values, "writable": tuple(values["writable"])})
 
     async def _check(self, pin: Pin, mounted: bool) -> bool:
         answer, _ = await self._helper.ask(
@@ -305,9 +308,19 @@ class Mounts(_Mounts):
         """See :class:`MountSource`."""
         return True
 
-    async def pin(self, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
+    async def pin(self, owner: Owner, source: str, read_only: bool, name: str, *, sealed: bool = False) -> Pin:
         """See :class:`MountSource`."""
-        return await self._pin("pin", owner, source, read_only, name)
+        return await self._pin("pin", owner, source, read_only, name, sealed=sealed)
+
+    async def unseal(self, pid: int, pins: Mapping[str, Pin]) -> None:
+        """See :class:`MountSource`."""
+        doors = [
+            {"target": target, "device": pin.device, "inode": pin.inode, "writable": pin.writable}
+            for target, pin in pins.items()
+            if pin.writable
+        ]
+        if doors:
+            await self._helper.ask("unseal", path=", ".join(pins), pid=pid, doors=doors)
 
     async def check(self, pin: Pin) -> bool:
         """See :class:`MountSource`; the pin must also still be a mount with all its flags."""
@@ -358,9 +371,13 @@ class PlainMounts(_Mounts):
         """See :class:`MountSource`."""
         return False
 
-    async def pin(self, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
-        """See :class:`MountSource`; the path is the source's own, with links resolved."""
+    async def pin(self, owner: Owner, source: str, read_only: bool, name: str, *, sealed: bool = False) -> Pin:
+        """See :class:`MountSource`; the path is the source's own, with links resolved, and nothing is sealed."""
+        del sealed
         return await self._pin("look", owner, source, read_only, name)
+
+    async def unseal(self, pid: int, pins: Mapping[str, Pin]) -> None:
+        """See :class:`MountSource`; there is nothing to open."""
 
     async def check(self, pin: Pin) -> bool:
         """See :class:`MountSource`."""

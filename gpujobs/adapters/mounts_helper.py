@@ -12,8 +12,8 @@ checks what it was handed and mounts it. Both may hang on a dead file server: th
 system but its own tmpfs, kills what is late, answers, and reaps it whenever the kernel lets it go.
 
 Requests are ``{"id", "op", "owner": {"uid", "gid", "groups", "name"}, "path", …}``; answers ``{"id", "ok":
-{…}}`` or ``{"id", "error": "invalid" | "refused" | "held", "message"}``. Ops: ``pin look check unpin mkdir
-read teardown``.
+{…}}`` or ``{"id", "error": "invalid" | "refused" | "held", "message"}``. Ops: ``pin look check unpin
+unseal mkdir rmdir read teardown``.
 """
 
 # The helper stays small: it does not load pathlib.
@@ -53,13 +53,14 @@ from gpujobs.adapters.mounts_kernel import (
     unpin,
     vet,
 )
+from gpujobs.adapters.mounts_seal import seal, unseal
 
 Outcome = tuple[dict[str, Any], list[int]]
 """What an operation gives: values for JSON, and descriptors to hand on."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}", re.ASCII)
 BUFFER = 256 * 1024
-OPS = frozenset(("pin", "look", "check", "unpin", "mkdir", "rmdir", "read", "teardown"))
+OPS = frozenset(("pin", "look", "check", "unpin", "unseal", "mkdir", "rmdir", "read", "teardown"))
 MAX_ABANDONED = 8
 """Hanging workers of one user, after which the next request is held at once."""
 
@@ -217,6 +218,9 @@ def perform(request: dict[str, Any], pins: str, forbidden: list[str], out: int) 
     if op == "teardown":
         tear_down(pins)
         return {}, []
+    if op == "unseal":
+        unseal(int(request["pid"]), request["doors"])
+        return {}, []
     if op == "check":
         file = int(request["device"]), int(request["inode"])
         return {"same": is_same(path, file, bool(request["mounted"]), bool(request["read_only"]))}, []
@@ -231,10 +235,13 @@ def perform(request: dict[str, Any], pins: str, forbidden: list[str], out: int) 
         return {}, [memory]
     _, (fd,) = as_user(owner, path, "directory", lambda: ({}, [open_source(path)]), out)
     real = vet(fd, path, forbidden)
+    writable: list[str] = []
     try:
         if op == "pin":
             target = f"{pins}/{request['name']}"
             status = pin(fd, real, target, bool(request["read_only"]), forbidden)
+            if request.get("sealed") and not request["read_only"]:
+                writable = seal(target)
         else:
             target, status = real, os.fstat(fd)
     except PermissionError:
@@ -243,7 +250,7 @@ def perform(request: dict[str, Any], pins: str, forbidden: list[str], out: int) 
         raise MountError("refused", f"{path}: its file system shuts root out, and with it the Engine "
                                "(a FUSE mount needs allow_other)") from None  # fmt: skip
     kind = "dir" if stat.S_ISDIR(status.st_mode) else "file"
-    return {"path": target, "device": status.st_dev, "inode": status.st_ino, "kind": kind}, []
+    return {"path": target, "device": status.st_dev, "inode": status.st_ino, "kind": kind, "writable": writable}, []
 
 
 def has_members(group: int) -> bool:

@@ -65,12 +65,13 @@ def in_words(error: OSError, path: str, user: str, what: str = "directory") -> M
 MACHINES = ("x86_64", "aarch64")
 """Where the numbers below hold, by the kernel's syscall_64.tbl and asm-generic/unistd.h."""
 OPEN_TREE, MOVE_MOUNT, OPENAT2, FACCESSAT2, MOUNT_SETATTR = 428, 429, 437, 439, 442
+CLONE_NEWNS = 0x20000
 
 AT_FDCWD, AT_EACCESS, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x200, 0x1000, 0x8000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH = 4
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
-RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 2, 4, 8
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 2, 4, 8, 16
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_UNBINDABLE, MS_PRIVATE = 2, 4, 8, 4096, 1 << 17, 1 << 18
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
@@ -108,6 +109,25 @@ def _umount(target: str, flags: int) -> None:
     _checked(_libc.umount2(os.fsencode(target), flags))
 
 
+def open_below(directory: int, path: str, resolve: int) -> int:
+    """Open a place below a descriptor (O_PATH), resolving its path as openat2(2) can be told to."""
+    how = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, resolve | RESOLVE_NO_MAGICLINKS)
+    return syscall(OPENAT2, directory, os.fsencode(path), how, ctypes.sizeof(how))
+
+
+def enter_mounts_of(namespace: int) -> None:
+    """Move this process into the mount namespace that a descriptor of /proc/PID/ns/mnt is."""
+    _checked(_libc.setns(namespace, CLONE_NEWNS))
+
+
+def set_read_only(mount: int, path: str, wanted: bool, *, recursive: bool) -> None:
+    """Set or clear one flag of a mount, or of a whole tree of mounts, at a descriptor or a path."""
+    flags = (ATTR_RDONLY, 0) if wanted else (0, ATTR_RDONLY)
+    attributes = (ctypes.c_uint64 * 4)(*flags, 0, 0)  # set, clear, propagation, user namespace
+    where = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    syscall(MOUNT_SETATTR, mount, os.fsencode(path), where, attributes, ctypes.sizeof(attributes))
+
+
 def prctl(option: int, value: int) -> None:
     """Set an attribute of this process."""
     zero = ctypes.c_ulong(0)
@@ -128,14 +148,14 @@ class Mount(NamedTuple):
     source: str
 
 
-def mount_table() -> list[Mount]:
-    """All mounts that this process can reach, those that cover others after them."""
+def mount_table(process: int | str = "self") -> list[Mount]:
+    """All mounts that a process can reach, those that cover others after them."""
 
     def text(field: bytes) -> str:
         return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes((int(match[1], 8),)), field))
 
     table = []
-    with open("/proc/self/mountinfo", "rb") as lines:
+    with open(f"/proc/{process}/mountinfo", "rb") as lines:
         for line in lines:
             left, _, right = line.partition(b" - ")
             fields, (kind, source) = left.split(b" "), right.split(b" ")[:2]
@@ -298,9 +318,7 @@ def _prune(real: str, target: str, forbidden: Iterable[str]) -> None:
         # own.
         inside = left[0].point[len(target) + 1 :]
         top = os.open(target, os.O_PATH | os.O_CLOEXEC)
-        resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-        how = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, resolve)
-        found = syscall(OPENAT2, top, os.fsencode(inside), how, ctypes.sizeof(how))
+        found = open_below(top, inside, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
         if mount_id(found) != left[0].id:
             raise _changed(real)
         _umount(f"/proc/self/fd/{found}", MNT_DETACH)

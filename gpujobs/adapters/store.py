@@ -80,6 +80,11 @@ class Ledger:
         """Set a named value."""
         self._run("set_meta", name=name, value=value)
 
+    def pass_over(self, number: int) -> None:
+        """Give no submission this number or one before it any more."""
+        self._run("pass_over", number=number)
+        self._run("begin_after", number=number)
+
     def submit(
         self, owner: Owner, now: float, file: str, text: str, specs: list[tuple[int | None, JobSpec]]
     ) -> list[Job]:

@@ -16,6 +16,7 @@ from typing import Any
 from gpujobs.core.errors import Refused
 from gpujobs.core.inventory import Gpu
 from gpujobs.core.job import Allocation, JobId, Owner
+from gpujobs.core.rules import capability_mask
 from gpujobs.core.spec import Healthcheck, JobSpec, Port
 
 CONTROL = "/.gpujobs"
@@ -29,13 +30,19 @@ PIDS_LIMIT = 16384
 
 MINIMUM_SHM = 64 * 2**20
 
+DRIVER_CAPABILITIES = "compute,utility"
+"""What a job gets of NVIDIA's driver that does not ask for more."""
+
+_IDENTITY = ("SETGID", "SETPCAP", "SETUID")
+"""What the init needs to become the owner and keep a capability; it has given them up before any program runs."""
+
 Json = dict[str, Any]
 
-_LOADER = re.compile(r"LD_.*|GLIBC_TUNABLES|GCONV_PATH", re.ASCII)
-"""Variables with which an image or a user steers the dynamic loader of whatever runs with them. The runtime's
-hooks run as root of the host with the container's environment (the mechanism of CVE-2025-23266)."""
+CONTROL_FILE_MAX = 1 << 20
+"""Bytes that the init reads of its control file."""
 
-_IMAGE_DROPPED = re.compile(r"NVIDIA_.*|LD_.*|GLIBC_TUNABLES|GCONV_PATH|GPUJOBS_.*", re.ASCII)
+_IMAGE_DROPPED = re.compile(r"NVIDIA_.*|CUDA_MPS_.*|LD_.*|GLIBC_TUNABLES|GCONV_PATH|GPUJOBS_.*", re.ASCII)
+"""Variables of an image that nothing sees: they speak to the runtime or to the loader of the image's maker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +88,7 @@ class Order:
         log: The Engine's LogConfig.
         visible: What NVIDIA_VISIBLE_DEVICES is set to; ``void`` for none.
         defaults: Environment that the server gives every job; the job file's wins.
+        network: The Engine's network for jobs, on which containers do not reach each other.
         near: The CPUs it is bound to, those near its GPUs; empty for all.
         ceilings: Hard resource limits that the Engine cannot raise; the defaults stay below them.
     """
@@ -99,12 +107,12 @@ class Order:
     visible: str = "void"
     mounts: tuple[Mount, ...] = ()
     tmpfs: Mapping[str, str] = field(default_factory=dict)
-    driver_capabilities: str = "compute,utility"
     timezone: str = ""
     log: Mapping[str, Any] = field(default_factory=dict)
     ceilings: Mapping[str, int] = field(default_factory=dict)
     near: tuple[int, ...] = ()
     defaults: tuple[tuple[str, str], ...] = ()
+    network: str = "bridge"
 
 
 def control_path(nonce: str) -> str:
@@ -154,20 +162,26 @@ def argv_of(spec: JobSpec, image: Image) -> tuple[str, ...]:
     return argv
 
 
-def environment_of(order: Order) -> tuple[list[str], list[tuple[str, str]]]:
-    """The container's environment, and the part of it that only the init may set.
-
-    Returns:
-        Entries for the Engine (one without ``=`` takes the image's variable of that name away), ours last;
-        and the user's own loader variables, which reach the program but no hook of the runtime.
-    """
+def own_environment(order: Order) -> dict[str, str]:
+    """What the owner's account, the server's settings and the job file give a job; the later ones win."""
     owner = order.owner
     given = {"HOME": order.home, "USER": owner.name, "LOGNAME": owner.name}
     if order.timezone:
         given["TZ"] = order.timezone
-    given.update(order.defaults)
-    given.update(order.spec.environment)
-    steering = [(name, value) for name, value in given.items() if _LOADER.fullmatch(name)]
+    return {**given, **dict(order.defaults), **dict(order.spec.environment)}
+
+
+def environment_of(order: Order) -> tuple[list[str], list[tuple[str, str]]]:
+    """The container's environment as the Engine has it, and what the init adds to it for the program.
+
+    The runtime's hooks run as root of the host with the environment that the Engine has (the mechanism of
+    CVE-2025-23266). Libraries, shells, interpreters and a search for programs act on so many variables that none is
+    left to an image or a job file: the Engine is given those of the server alone.
+
+    Returns:
+        Entries for the Engine: one without ``=`` takes the image's variable of that name away. And all others, which
+        reach the program, its health checks and what is executed beside it, but no hook.
+    """
     ours = {
         "GPUJOBS_JOB_ID": str(order.job),
         "GPUJOBS_ATTEMPT": str(order.attempt),
@@ -175,12 +189,14 @@ def environment_of(order: Order) -> tuple[list[str], list[tuple[str, str]]]:
         **({"GPUJOBS_ARRAY_INDEX": str(order.job.index)} if order.job.index is not None else {}),
         **({"GPUJOBS_GPU_MEMORY": str(order.spec.gpus.share)} if order.spec.gpus.share else {}),
         "NVIDIA_VISIBLE_DEVICES": order.visible,
-        **({"NVIDIA_DRIVER_CAPABILITIES": order.driver_capabilities} if order.allocation.gpus else {}),
+        **({"NVIDIA_DRIVER_CAPABILITIES": ",".join(order.spec.driver_capabilities) or DRIVER_CAPABILITIES}
+           if order.allocation.gpus else {}),
     }
-    entries = [f"{name}={value}" for name, value in given.items() if not _LOADER.fullmatch(name)]
-    names = {entry.partition("=")[0] for entry in order.image.environment}
-    dropped = sorted(name for name in names if _IMAGE_DROPPED.fullmatch(name) and name not in ours)
-    return [*entries, *dropped, *(f"{name}={value}" for name, value in ours.items())], steering
+    of_the_image = dict(entry.partition("=")[::2] for entry in order.image.environment)
+    kept = {name: value for name, value in of_the_image.items() if not _IMAGE_DROPPED.fullmatch(name)}
+    dropped = sorted(name for name in of_the_image if name not in ours)
+    inside = {**kept, **own_environment(order)}
+    return [*dropped, *(f"{name}={value}" for name, value in ours.items())], list(inside.items())
 
 
 def labels_of(order: Order) -> dict[str, str]:
@@ -201,6 +217,18 @@ def shm_size_of(order: Order) -> int:
     return order.spec.shm_size or max(MINIMUM_SHM, order.allocation.memory // 4)
 
 
+def runtime_of(order: Order) -> str:
+    """The OCI runtime that a container is made with."""
+    if order.spec.runtime is not None:
+        return order.spec.runtime
+    return order.runtime if order.allocation.gpus and order.visible != "void" else "runc"
+
+
+def _added(spec: JobSpec) -> list[str]:
+    """The capabilities that the init is given; the Engine's own spelling."""
+    return sorted(f"CAP_{name}" for name in (*spec.cap_add, *_IDENTITY)) if spec.cap_add else []
+
+
 def create_request(order: Order) -> Json:
     """The body of the Engine's create request.
 
@@ -212,12 +240,12 @@ def create_request(order: Order) -> Json:
     environment, _ = environment_of(order)
     memory = allocation.memory
     host: Json = {
-        "Runtime": order.runtime if allocation.gpus and order.visible != "void" else "runc",
-        "NetworkMode": "bridge",
-        "IpcMode": "private",
+        "Runtime": runtime_of(order),
+        "NetworkMode": order.network if spec.network_mode == "bridge" else spec.network_mode,
+        "IpcMode": spec.ipc,
         "Privileged": False,
         "CapDrop": ["ALL"],
-        "CapAdd": [],
+        "CapAdd": _added(spec),
         "SecurityOpt": ["no-new-privileges:true"],
         "GroupAdd": [str(gid) for gid in owner.groups if gid != owner.gid],
         "Devices": [],
@@ -249,7 +277,8 @@ def create_request(order: Order) -> Json:
         "Image": order.image.id,
         "Entrypoint": init_command(control, "run"),
         "Cmd": list(argv_of(spec, order.image)),
-        "User": f"{owner.uid}:{owner.gid}",
+        # A capability can be kept only by who has it first: the init, as root, before it becomes the owner.
+        "User": "0:0" if spec.cap_add else f"{owner.uid}:{owner.gid}",
         "Env": environment,
         "WorkingDir": spec.working_dir or order.image.working_dir or "/",
         "Labels": labels_of(order),
@@ -343,17 +372,26 @@ def config_hash(request: Mapping[str, Any]) -> str:
 
 
 def control_file(order: Order) -> bytes:
-    """What the init reads: who it must be, and what only it may put into the environment."""
-    _, steering = environment_of(order)
+    """What the init reads: who it must be, and what it adds to the environment.
+
+    Raises:
+        Refused: The environment is larger than it can be.
+    """
+    _, inside = environment_of(order)
     owner = order.owner
     records = [
         f"uid={owner.uid}",
         f"gid={owner.gid}",
         "groups=" + ",".join(str(gid) for gid in sorted(set(owner.groups))),
-        "caps=0",
-        *(f"env={name}={value}" for name, value in steering),
+        f"caps={capability_mask(order.spec.cap_add):x}",
+        *([f"keep={capability_mask(order.spec.cap_add):x}"] if order.spec.cap_add else []),
+        *(f"env={name}={value}" for name, value in inside),
     ]
-    return b"".join(record.encode("utf-8", "surrogateescape") + b"\0" for record in records)
+    content = b"".join(record.encode("utf-8", "surrogateescape") + b"\0" for record in records)
+    if len(content) > CONTROL_FILE_MAX:
+        raise Refused(f"the job's environment has {len(content):,} bytes; at most {CONTROL_FILE_MAX:,} are possible",
+                      hint="Put large values into files.")  # fmt: skip
+    return content
 
 
 def passwd_file(owner: Owner, home: str) -> bytes:
@@ -389,7 +427,9 @@ def differences(order: Order, inspected: Mapping[str, Any]) -> list[str]:
         ("device requests", host.get("DeviceRequests") or [], []),
         ("privileged", bool(host.get("Privileged")), False),
         ("user", config.get("User"), wanted["User"]),
-        ("added capabilities", host.get("CapAdd") or [], []),
+        ("added capabilities", sorted(host.get("CapAdd") or []), wanted["HostConfig"]["CapAdd"]),
+        ("IPC mode", host.get("IpcMode"), wanted["HostConfig"]["IpcMode"]),
+        ("network mode", host.get("NetworkMode"), wanted["HostConfig"]["NetworkMode"]),
         ("entry point", config.get("Entrypoint"), wanted["Entrypoint"]),
     )
     return [f"{what} is {found!r}, {asked!r} was asked for" for what, found, asked in checks if found != asked]

@@ -12,7 +12,9 @@ from gpujobs.core.container import (
     PIDS_LIMIT,
     Order,
     environment_of,
+    own_environment,
     ranges,
+    runtime_of,
     shm_size_of,
     ulimits_of,
 )
@@ -20,19 +22,15 @@ from gpujobs.core.yamltext import document, literal
 
 
 def _environment(order: Order) -> list[tuple[str, str]]:
-    entries, steering = environment_of(order)
-    pairs = [(name, value) for name, sign, value in (entry.partition("=") for entry in entries) if sign]
-    return [(name, value) for name, value in [*pairs, *steering] if not name.startswith("GPUJOBS_")]
-
-
-def _runtime(order: Order) -> str:
-    return order.runtime if order.allocation.gpus and order.visible != "void" else "runc"
+    entries, _ = environment_of(order)
+    ours = [(name, value) for name, sign, value in (entry.partition("=") for entry in entries) if sign]
+    return [*own_environment(order).items(), *(pair for pair in ours if not pair[0].startswith("GPUJOBS_"))]
 
 
 def docker_run(order: Order) -> str:
     """One line for a shell of the machine, by an account that may use Docker."""
     spec, owner = order.spec, order.owner
-    words = ["docker", "run", "--rm", "--name", spec.name, "--runtime", _runtime(order)]
+    words = ["docker", "run", "--rm", "--name", spec.name, "--runtime", runtime_of(order)]
     words += ["--user", f"{owner.uid}:{owner.gid}"]
     for gid in owner.groups:
         if gid != owner.gid:
@@ -73,7 +71,7 @@ def compose(order: Order) -> str:
     spec, owner = order.spec, order.owner
     service: dict[str, object] = {
         "image": literal(order.image.reference),
-        "runtime": _runtime(order),
+        "runtime": runtime_of(order),
         "user": f"{owner.uid}:{owner.gid}",
         "group_add": [str(gid) for gid in owner.groups if gid != owner.gid],
         "cap_drop": ["ALL"],

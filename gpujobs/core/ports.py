@@ -125,6 +125,22 @@ class Runner(Protocol):
         """The hard resource limits that cannot be raised for a container: by name, empty where all can."""
         ...
 
+    async def network(self) -> str:
+        """The network for a container, on which it is reached by no other."""
+        ...
+
+    async def runtimes(self) -> tuple[str, ...]:
+        """The names of the OCI runtimes that there are."""
+        ...
+
+    async def disk_free(self) -> int | None:
+        """Free bytes of the disk that containers' own files are on; None where that cannot be told."""
+        ...
+
+    async def layer_bytes(self, container: str) -> int:
+        """The bytes that a container has written into its own file system: all of it is looked at."""
+        ...
+
     async def image(self, reference: str) -> Image:
         """An image that is there; :class:`Gone` where it is not."""
         ...
@@ -283,6 +299,7 @@ class Pin:
         inode: The file's ``st_ino``.
         kind: A directory or a regular file.
         read_only: Whether it is to be read only; a pin of ``Mounts`` is so by itself.
+        writable: Of a sealed pin, the paths below it of the mounts that are to be writable; the pin itself is "".
     """
 
     path: str
@@ -290,6 +307,7 @@ class Pin:
     inode: int
     kind: Literal["dir", "file"]
     read_only: bool
+    writable: tuple[str, ...] = ()
 
 
 class MountSource(Protocol):
@@ -307,7 +325,7 @@ class MountSource(Protocol):
     def read_only_itself(self) -> bool:
         """Whether a read-only pin is so by itself: the Engine's own remount would drop nosuid and nodev from it."""
 
-    async def pin(self, owner: Owner, source: str, read_only: bool, name: str) -> Pin:
+    async def pin(self, owner: Owner, source: str, read_only: bool, name: str, *, sealed: bool = False) -> Pin:
         """Make ``source`` ready as a bind mount's source under ``name``, replacing what had that name.
 
         Args:
@@ -315,6 +333,15 @@ class MountSource(Protocol):
             source: The absolute path of a directory or a regular file.
             read_only: Whether the container must not write, in submounts neither.
             name: The caller's, ``[A-Za-z0-9][A-Za-z0-9_.-]*``.
+            sealed: It is read-only until :meth:`unseal`: what the Engine makes as root it cannot make in there.
+        """
+
+    async def unseal(self, pid: int, pins: Mapping[str, Pin]) -> None:
+        """Let a container write through its sealed pins; nothing changes where that is done already.
+
+        Args:
+            pid: The container's first process, which must not be the user's program yet.
+            pins: By their targets in the container.
         """
 
     async def check(self, pin: Pin) -> bool:

@@ -10,6 +10,7 @@ the same classes validate and describe the file.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
@@ -29,6 +30,7 @@ from gpujobs.core.values import (
     mapping,
     not_a,
     number,
+    shown,
     size,
     size_schema,
     templated,
@@ -272,6 +274,39 @@ def _ulimits(value: object) -> tuple[Ulimit, ...]:
     return tuple(Ulimit(name=name, soft=soft, hard=hard) for name, soft, hard in limits.ulimits(value))
 
 
+DRIVER_CAPABILITIES = ("compute", "utility", "graphics", "video", "display", "compat32", "ngx")
+"""NVIDIA Container Toolkit, "Driver Capabilities"."""
+NETWORKS = ("bridge", "none", "host")
+IPC_MODES = ("private", "none", "host")
+
+
+def _word(what: str, choices: tuple[str, ...], words: str) -> Form[str]:
+    return Form(lambda value: choice(value, what, choices), templated({"enum": list(choices)}), words)
+
+
+def _words(what: str, choices: tuple[str, ...], description: str = "") -> Form[tuple[str, ...]]:
+    read = gpukeys.strings(what, f"one of {', '.join(choices)}", lambda word: choice(word, what, choices))
+    one = templated({"enum": list(choices)})
+    return Form(read, {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}, description)
+
+
+_CAPABILITY = re.compile(r"(?:CAP_)?([A-Z][A-Z0-9_]{1,40})")
+
+
+def _capability(value: str) -> str:
+    match = _CAPABILITY.fullmatch(value.upper())
+    if match is None or match[1] == "ALL":
+        raise wrong(f"{shown(value)} is not a capability; write a name such as SYS_PTRACE")
+    return match[1]
+
+
+def _capabilities() -> Form[tuple[str, ...]]:
+    one: Json = {"type": "string", "pattern": "^(?:[Cc][Aa][Pp]_)?[A-Za-z][A-Za-z0-9_]{1,40}$"}
+    schema: Json = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+    return Form(gpukeys.strings("a capability", "a name such as SYS_PTRACE", _capability), schema,
+                "Capabilities, such as [SYS_PTRACE], where the settings allow them.")  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
     """One job, validated.
@@ -286,6 +321,11 @@ class JobSpec:
         shm_size: Bytes of /dev/shm; None means a quarter of the memory limit.
         time_limit: Seconds; None means the server's default.
         stop_grace_period: Seconds between the stop signal and KILL.
+        ipc: ``private``, ``none`` (no /dev/shm) or ``host``.
+        network_mode: ``bridge``, ``none`` or ``host``.
+        cap_add: Capabilities, without ``CAP_``.
+        driver_capabilities: What of NVIDIA's driver is mounted; empty means compute and utility.
+        runtime: ``runsc``; None means the server's.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = STRICT
@@ -368,6 +408,20 @@ class JobSpec:
         Healthcheck | None,
         Around(limits.check_forms, _no_rules, limits.check_schema, "How to see that the program is well."),
     ] = None
+    ipc: Annotated[
+        str, _word("an IPC mode", IPC_MODES, "Shared memory: private by default; host where the settings allow it.")
+    ] = "private"
+    network_mode: Annotated[
+        str, _word("a network mode", NETWORKS, "bridge by default, none; host where the settings allow it.")
+    ] = "bridge"
+    cap_add: Annotated[tuple[str, ...], _capabilities()] = ()
+    driver_capabilities: Annotated[
+        tuple[str, ...],
+        _words("a driver capability", DRIVER_CAPABILITIES, "compute and utility by default; others where allowed."),
+    ] = ()
+    runtime: Annotated[
+        str | None, _word("a runtime", ("runsc",), "runsc: under gVisor, where the settings allow it; without GPUs.")
+    ] = None
 
 
 # ---------------------------------------------------------------------------------------------- the file
@@ -375,18 +429,11 @@ class JobSpec:
 SUPPORTED = frozenset({
     "name", "image", "build", "command", "entrypoint", "environment", "env_file", "volumes", "ports",
     "ulimits", "working_dir", "shm_size", "cpus", "mem_limit", "labels", "stop_signal", "stop_grace_period",
-    "healthcheck", "gpus", "time_limit", "matrix",
+    "healthcheck", "gpus", "time_limit", "matrix", "ipc", "network_mode", "cap_add", "driver_capabilities", "runtime",
 })  # fmt: skip
 """The keys that this version acts on; the model's other keys are validated and refused, never ignored."""
 
-_CAPABILITIES = ("compute", "utility", "graphics", "video", "display", "compat32", "ngx")
-_NETWORKS = ("bridge", "none")
-_IPC = ("private", "none", "shareable")
 RETRY_REASONS = ("exit", "oom", "time-limit", "gpu-lost", "image", "preempted", "server")
-
-
-def _word(what: str, choices: tuple[str, ...]) -> Form[str]:
-    return Form(lambda value: choice(value, what, choices), templated({"enum": list(choices)}))
 
 
 def _whole(what: str, low: int, high: int) -> Form[int]:
@@ -400,12 +447,6 @@ def _texts(what: str, example: str) -> Form[tuple[str, ...]]:
     one: Json = {"type": "string", "minLength": 1}
     schema: Json = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
     return Form(gpukeys.strings(what, example, str), schema)
-
-
-def _words(what: str, choices: tuple[str, ...]) -> Form[tuple[str, ...]]:
-    read = gpukeys.strings(what, f"one of {', '.join(choices)}", lambda word: choice(word, what, choices))
-    one = templated({"enum": list(choices)})
-    return Form(read, {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]})
 
 
 def _span_form() -> Form[float]:
@@ -458,9 +499,6 @@ class JobFile(JobSpec):
         Form(_raw, MATRIX_SCHEMA, "One job for each combination; {{ name }} stands for the value."),
     ] = None
     max_parallel: Annotated[int | None, _whole("a number of jobs", 1, MATRIX_MAX)] = None
-    ipc: Annotated[str | None, _word("an IPC mode", _IPC)] = None
-    network_mode: Annotated[str | None, _word("a network mode", _NETWORKS)] = None
-    cap_add: Annotated[tuple[str, ...], _texts("a capability", "a name such as SYS_PTRACE")] = ()
     priority: Annotated[int | None, _whole("a priority", -1000, 1000)] = None
     retries: Annotated[int | None, _whole("a number of retries", 0, 100)] = None
     retry_on: Annotated[tuple[str, ...], _words("a reason", RETRY_REASONS)] = ()
@@ -481,10 +519,8 @@ class JobFile(JobSpec):
     notify: Annotated[tuple[str, ...], _texts("an address", "a URL such as mailto://me@example.org")] = ()
     preemptible: Annotated[bool | None, _flag()] = None
     idle_timeout: Annotated[float | None, _span_form()] = None
-    driver_capabilities: Annotated[tuple[str, ...], _words("a driver capability", _CAPABILITIES)] = ()
     nodes: Annotated[int | None, _whole("a number of nodes", 1, 1024)] = None
     secrets: Annotated[tuple[str, ...], _texts("a secret", "a secret's name, such as wandb")] = ()
-    runtime: Annotated[str | None, _texts("a runtime", "a name such as nvidia")] = None
     wait_for_max: Annotated[float | None, _span_form()] = None
 
     def spec(self) -> JobSpec:
@@ -510,6 +546,14 @@ def _file_rules(value: Mapping[str, object]) -> list[Fault]:
         faults.append(Fault(("build",), "both image and build are given; keep one", at_key=True))
     if "image" not in value and "build" not in value:
         faults.append(Fault((), "neither image nor build is given; write one, such as `image: python:3.11-slim`"))
+    mode = value.get("network_mode")
+    if "ports" in value and isinstance(mode, str) and mode in ("host", "none"):
+        faults.append(Fault(("ports",), f"nothing is published with network_mode: {mode}; leave one of them out",
+                            at_key=True))  # fmt: skip
+    shm = value.get("ipc")
+    if "shm_size" in value and isinstance(shm, str) and shm in ("host", "none"):
+        faults.append(Fault(("shm_size",), f"a job with ipc: {shm} has no /dev/shm of its own; leave one of them out",
+                            at_key=True))  # fmt: skip
     return faults
 
 
@@ -519,7 +563,15 @@ def _file_schema(inner: Json) -> Json:
     properties = {key: item for key, item in every.items() if key in SUPPORTED}
     both: Json = {"properties": {"build": False}, "errorMessage": "both image and build are given; keep one"}
     return {**inner, "properties": properties, "anyOf": [{"required": ["image"]}, {"required": ["build"]}],
-            "if": {"required": ["image"]}, "then": both, "patternProperties": {"^x-": {}}}  # fmt: skip
+            "if": {"required": ["image"]}, "then": both, "patternProperties": {"^x-": {}},
+            "allOf": [_without("ports", "network_mode"), _without("shm_size", "ipc")]}  # fmt: skip
+
+
+def _without(key: str, mode: str) -> Json:
+    """A key that means nothing where a mode is ``host`` or ``none``."""
+    words = f"this means nothing with {mode}: host or none; leave one of them out"
+    shared: Json = {"required": [mode], "properties": {mode: {"enum": ["host", "none"]}}}
+    return {"if": shared, "then": {"properties": {key: False}, "errorMessage": words}}
 
 
 AnyJobFile = Annotated[JobFile, Around(_file_forms, _file_rules, _file_schema)]

@@ -11,8 +11,9 @@
  * --dir stands before the mode, which the server writes: whatever a user's command looks like, it cannot
  * name another directory. Nothing is taken from the environment either, because the image sets that.
  *
- * Control file: records "key=value", each ended by a NUL: uid=N gid=N groups=N,N,... caps=HEX nogate=1, and any
- * number of env=NAME=VALUE (set) and env=NAME (remove).
+ * Control file: records "key=value", each ended by a NUL: uid=N gid=N groups=N,N,... caps=HEX keep=HEX nogate=1, and
+ * any number of env=NAME=VALUE (set) and env=NAME (remove). keep= are the capabilities that the program is to have
+ * (ambient, so that they outlive the change of uid and the exec); without it, it has none.
  *
  * The binary is static: nothing of an image (loader, libc, NSS, /etc/passwd) takes part in the check.
  * Exit codes: 125 refused by this program (as `docker run` has it), 126 and 127 as shells have them.
@@ -55,6 +56,7 @@ struct identity {
     gid_t groups[NGROUPS_MAX];
     size_t ngroups;
     uint64_t caps; /* what the bounding set may still hold */
+    uint64_t keep; /* what the program has: all of it, and nothing else */
     bool nogate;
 };
 
@@ -198,7 +200,7 @@ static uint64_t parse_value(const char *key, const char *text, unsigned base, ui
 
 static void parse_control(void)
 {
-    enum { UID = 1, GID = 2, GROUPS = 4, CAPS = 8, NOGATE = 16 };
+    enum { UID = 1, GID = 2, GROUPS = 4, CAPS = 8, NOGATE = 16, KEEP = 32 };
     unsigned seen = 0, key;
 
     for (char *record = control; record < control + control_size; record += strlen(record) + 1) {
@@ -221,6 +223,8 @@ static void parse_control(void)
                 parse_groups(value);
         } else if (IS("caps")) {
             key = CAPS, expected.caps = parse_value("caps", value, 16, UINT64_MAX);
+        } else if (IS("keep")) {
+            key = KEEP, expected.keep = parse_value("keep", value, 16, UINT64_MAX);
         } else if (IS("nogate")) {
             key = NOGATE, expected.nogate = parse_value("nogate", value, 10, 1) != 0;
         } else {
@@ -235,6 +239,8 @@ static void parse_control(void)
         refuse("control file: uid, gid and groups must all be given");
     if (expected.uid == 0)
         refuse("uid: a job never runs as uid 0");
+    if ((expected.keep & ~expected.caps) != 0)
+        refuse("control file: keep= is not within caps=");
     expected.ngroups = normalise_groups(expected.groups, expected.ngroups, expected.gid);
 }
 
@@ -277,7 +283,7 @@ static uint64_t join_words(uint32_t low, uint32_t high)
 static void take_identity(void)
 {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
-    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3], none[_LINUX_CAPABILITY_U32S_3] = {0};
+    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3], kept[_LINUX_CAPABILITY_U32S_3];
     const uint32_t needed = 1u << CAP_SETUID | 1u << CAP_SETGID;
 
     read_capabilities(data);
@@ -292,11 +298,20 @@ static void take_identity(void)
     for (unsigned cap = 0; cap < 64 && prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
         if (!(expected.caps >> cap & 1))
             prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
+    if (expected.keep != 0 && prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0) != 0)
+        refuse("keep capabilities: %s", strerror(errno));
     if (setresuid(expected.uid, expected.uid, expected.uid) != 0)
         refuse("setresuid %u: %s", expected.uid, strerror(errno));
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
-    if (syscall(SYS_capset, &header, none) != 0)
+    for (size_t i = 0; i < _LINUX_CAPABILITY_U32S_3; i++) {
+        const uint32_t part = (uint32_t)(expected.keep >> (32 * i));
+        kept[i] = (struct __user_cap_data_struct){.effective = part, .permitted = part, .inheritable = part};
+    }
+    if (syscall(SYS_capset, &header, kept) != 0)
         refuse("capset: %s", strerror(errno));
+    for (unsigned cap = 0; cap < 64; cap++)
+        if ((expected.keep >> cap & 1) && prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0) != 0)
+            refuse("ambient capability %u: %s", cap, strerror(errno));
 }
 
 static const char *list_groups(char *text, size_t size, const gid_t *groups, size_t count)
@@ -344,10 +359,15 @@ static void check_capabilities(void)
     uint64_t effective = join_words(data[0].effective, data[1].effective);
     uint64_t permitted = join_words(data[0].permitted, data[1].permitted);
     uint64_t inheritable = join_words(data[0].inheritable, data[1].inheritable);
-    if ((effective | permitted | inheritable | ambient) != 0)
-        refuse("capabilities: expected none, is effective %llx, permitted %llx, inheritable %llx, ambient %llx",
+    if (effective != expected.keep || permitted != expected.keep || inheritable != expected.keep ||
+        ambient != expected.keep) {
+        char want[32] = "none";
+        if (expected.keep != 0)
+            snprintf(want, sizeof want, "%llx", (unsigned long long)expected.keep);
+        refuse("capabilities: expected %s, is effective %llx, permitted %llx, inheritable %llx, ambient %llx", want,
                (unsigned long long)effective, (unsigned long long)permitted, (unsigned long long)inheritable,
                (unsigned long long)ambient);
+    }
     if ((bounding & ~expected.caps) != 0)
         refuse("capabilities: expected a bounding set within %llx, is %llx",
                (unsigned long long)expected.caps, (unsigned long long)bounding);

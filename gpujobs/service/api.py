@@ -13,14 +13,15 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from gpujobs import __version__, specfile, wire
-from gpujobs.core.errors import GpujobsError, InvalidInput, Refused
+from gpujobs.core.errors import GpujobsError, InvalidInput, Refused, UnknownId
 from gpujobs.core.job import Ended, Job, Owner
 from gpujobs.core.spec import JobSpec
 from gpujobs.logwire import GAP, LogRecord, encode_frame
 from gpujobs.service import rows
-from gpujobs.service.access import Peer
+from gpujobs.service.access import Asker
 from gpujobs.service.loop import Service
 
 logger = logging.getLogger("gpujobs")
@@ -28,22 +29,80 @@ logger = logging.getLogger("gpujobs")
 MAX_ROWS = 100_000
 MAX_PLANS = 100
 
-Handler = Callable[[Service, Owner, Request], Awaitable[Response]]
+MAX_DEPTH = 16
+"""Lists and objects within each other in a request; the deepest of ours has 4."""
+
+BODY_SECONDS = 30.0
+"""In which the body of a request has to come, and each piece of one that is a file."""
+
+SEND_SECONDS = 60.0
+"""In which a client has to read some of an answer; only streams wait for their readers for ever."""
+
+SLICE = 64 << 10
+"""Bytes of an answer that are written at a time: what a client does not read takes no more memory than this."""
+
+PAGE = 200
+"""Rows of a listing that are made before others have a turn."""
+
+Handler = Callable[[Service, Asker, Request], Awaitable[Response]]
+
+CLOSE = {"connection": "close"}
+
+
+class Endpoint:
+    """One route: finds out who asks, keeps them within their limits, and turns errors into answers.
+
+    Args:
+        service: The server.
+        handler: Answers a request.
+        stream: It goes on for long: it is counted, and has no turn that it could hold up.
+    """
+
+    def __init__(self, service: Service, handler: Handler, *, stream: bool) -> None:
+        self._service = service
+        self._handler = handler
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        request = Request(scope, receive, send)
+        service = self._service
+        try:
+            asker = await service.directory.asker(request.state.peer)
+            service.holds.seen(asker.uid)
+            if self._stream:
+                with service.quotas.stream(asker.uid):
+                    response = await self._handler(service, asker, request)
+                    await response(scope, receive, send)
+            else:
+                async with service.quotas.turn(asker.uid):
+                    response = await self._handler(service, asker, request)
+                    await self._send(response, scope, receive, send)
+        except GpujobsError as error:
+            # What is left of the request is not read.
+            await JSONResponse(wire.error_body(error), error.status, CLOSE)(scope, receive, send)
+        except ClientDisconnect:
+            return
+
+    async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send an answer in slices, as far as the client reads them in time."""
+
+        async def sliced(message: Message) -> None:
+            body = memoryview(message.get("body", b""))
+            async with asyncio.timeout(SEND_SECONDS):
+                while len(body) > SLICE:
+                    await send({**message, "body": bytes(body[:SLICE]), "more_body": True})
+                    body = body[SLICE:]
+                await send({**message, "body": bytes(body)} if "body" in message else message)
+
+        try:
+            await response(scope, receive, sliced)
+        except TimeoutError:
+            Request(scope).state.abort()
 
 
 def application(service: Service) -> Starlette:
     """The ASGI application of a service."""
-
-    def endpoint(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-        async def answer(request: Request) -> Response:
-            try:
-                return await handler(service, await _asker(service, request), request)
-            except GpujobsError as error:
-                return JSONResponse(wire.error_body(error), error.status)
-            except ClientDisconnect:
-                return Response(status_code=499)
-
-        return answer
 
     async def failed(_: Request, error: Exception) -> Response:
         logger.error("a request failed", exc_info=error)
@@ -55,59 +114,79 @@ def application(service: Service) -> Starlette:
                              hint=f"It is gpujobs {__version__}; is the client newer?")  # fmt: skip
         return JSONResponse(wire.error_body(error), 404)
 
-    table: list[tuple[str, str, Handler]] = [
+    short: list[tuple[str, str, Handler]] = [
         ("GET", "/v1/server", server),
         ("POST", "/v1/jobs", submit),
         ("POST", "/v1/plan", plan),
         ("GET", "/v1/jobs", listing),
         ("GET", "/v1/jobs/{id}", show),
-        ("GET", "/v1/jobs/{id}/watch", watch),
-        ("GET", "/v1/jobs/{id}/logs", logs),
         ("POST", "/v1/jobs/{id}/cancel", cancel),
-        ("PUT", "/v1/jobs/{id}/context/{key}", context),
         ("POST", "/v1/jobs/{id}/rerun", rerun),
         ("GET", "/v1/gpus", gpus),
     ]
+    long: list[tuple[str, str, Handler]] = [
+        ("GET", "/v1/jobs/{id}/watch", watch),
+        ("GET", "/v1/jobs/{id}/logs", logs),
+        ("PUT", "/v1/jobs/{id}/context/{key}", context),
+    ]
     made = Starlette(
-        routes=[Route(path, endpoint(handler), methods=[method]) for method, path, handler in table],
+        routes=[
+            Route(path, Endpoint(service, handler, stream=table is long), methods=[method])
+            for table in (short, long)
+            for method, path, handler in table
+        ],
         exception_handlers={404: missing, 405: missing, Exception: failed},
     )
     made.router.redirect_slashes = False  # an id with a slash in it is no id; it is not to be asked for elsewhere
     return made
 
 
-async def _asker(service: Service, request: Request) -> Owner:
-    peer: Peer = request.state.peer
-    if _in_other_namespace(peer.pid):
-        raise Refused("the server is not for processes inside containers")
-    return await service.directory.owner(peer.uid)
+# -- reading requests ----------------------------------------------------------------------------------------------
 
 
-def _in_other_namespace(pid: int) -> bool:
-    """Whether a peer runs in another PID namespace: a job that mounts the socket's directory is no user."""
-    if pid <= 0:
-        return True
-    try:
-        return os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
-    except FileNotFoundError:
-        return False  # it has gone already: nobody reads the answer
-    except PermissionError:
-        return False  # a server that is not root serves its own uid alone, which could as well signal it
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    """The body of a request, each piece of it in time."""
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                piece = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise InvalidInput(f"nothing came of the request's body for {BODY_SECONDS:g} s") from None
+        yield piece
 
 
 async def _body(request: Request) -> dict[str, Any]:
     content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > wire.MAX_REQUEST_BYTES:
-            raise InvalidInput(f"the request is larger than {wire.MAX_REQUEST_BYTES // 2**20} MiB")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > wire.MAX_REQUEST_BYTES:
+                    raise Refused(f"the request is larger than {wire.MAX_REQUEST_BYTES >> 20} MiB, which is the limit")
+    except TimeoutError:
+        raise InvalidInput(f"the request's body did not come within {BODY_SECONDS:g} s") from None
     try:
         data = json.loads(content)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
         raise InvalidInput("the request is no JSON") from error
     if not isinstance(data, dict):
         raise InvalidInput("the request is no JSON object")
-    return data
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        level = [item for held in level for item in (held.values() if isinstance(held, dict) else held)
+                 if isinstance(item, dict | list)]  # fmt: skip
+        if not level:
+            return data
+    raise _too_deep()
+
+
+def _too_deep() -> Refused:
+    return Refused(f"the request is nested deeper than {MAX_DEPTH} levels, which is the limit")
 
 
 def _texts(data: dict[str, Any], name: str) -> dict[str, str]:
@@ -138,7 +217,7 @@ def _number(request: Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-async def server(service: Service, _: Owner, __: Request) -> Response:
+async def server(service: Service, _: Asker, __: Request) -> Response:
     """Who answers."""
     return JSONResponse(
         {"version": __version__, "api": wire.API, "server": service.id, "pid": os.getpid(), "uid": os.getuid(),
@@ -146,8 +225,9 @@ async def server(service: Service, _: Owner, __: Request) -> Response:
     )  # fmt: skip
 
 
-async def submit(service: Service, asker: Owner, request: Request) -> Response:
+async def submit(service: Service, asker: Asker, request: Request) -> Response:
     """Validate files and take their jobs in: all of them, or none."""
+    service.quotas.submission(asker.uid)
     owner, parsed = await _submission(service, asker, request)
     made = await service.submit(owner, parsed)
     submissions = {jobs[0].id.number: len(jobs) for jobs in made}
@@ -159,16 +239,17 @@ async def submit(service: Service, asker: Owner, request: Request) -> Response:
     return JSONResponse(answer, 201)
 
 
-async def plan(service: Service, asker: Owner, request: Request) -> Response:
+async def plan(service: Service, asker: Asker, request: Request) -> Response:
     """What would happen to each job of the files now; nothing is done."""
     owner, parsed = await _submission(service, asker, request)
     specs = [spec for _, _, elements in parsed for _, spec in elements]
-    plans = [await service.plan(owner, spec) for spec in specs[:MAX_PLANS]]
+    discreet = rows.discreet(service, asker)
+    plans = [await service.plan(owner, spec, discreet=discreet) for spec in specs[:MAX_PLANS]]
     return JSONResponse({**plans[0], "jobs": len(specs), "others": plans[1:]})
 
 
 async def _submission(
-    service: Service, asker: Owner, request: Request
+    service: Service, asker: Asker, request: Request
 ) -> tuple[Owner, list[tuple[str, str, list[tuple[int | None, JobSpec]]]]]:
     """Whose jobs the files of a request would be, and what they say: (name, text, elements)."""
     data = await _body(request)
@@ -194,34 +275,71 @@ async def _submission(
         )
         elements = await asyncio.to_thread(specfile.parse, text, context)
         parsed.append((context.file, text, [(element.index, element.spec) for element in elements]))
+    await service.check_allowed(owner, [spec for _, _, elements in parsed for _, spec in elements])
     return owner, parsed
 
 
-async def listing(service: Service, _: Owner, request: Request) -> Response:
-    """The jobs that have not ended, or with ``all=1`` the latest of all."""
+async def listing(service: Service, asker: Asker, request: Request) -> Response:
+    """The jobs that have not ended, or with ``all=1`` the latest of all, as far as the asker may see them."""
     every = request.query_params.get("all", "0") == "1"
     limit = _number(request, "limit", 1000 if every else MAX_ROWS, MAX_ROWS)
     found = await service.store.read(lambda ledger: ledger.page(every=every, limit=limit))
-    explainer = service.explainer()
-    return JSONResponse({"jobs": [rows.row(service, job, explainer) for job in found]})
+    shown, others = rows.visible(service, asker, found)
+    return StreamingResponse(_listed(service, asker, shown, others), media_type="application/json")
 
 
-async def show(service: Service, asker: Owner, request: Request) -> Response:
+async def _listed(
+    service: Service, asker: Asker, shown: list[Job], others: dict[str, int] | None
+) -> AsyncIterator[bytes]:
+    """The answer's JSON, a page at a time: a long queue must not hold up everybody else."""
+    explainer = service.explainer(discreet=rows.discreet(service, asker))
+    before = b'{"jobs": ['
+    for start in range(0, len(shown), PAGE):
+        page = [json.dumps(rows.row(service, job, explainer, asker)) for job in shown[start : start + PAGE]]
+        yield before + ", ".join(page).encode()
+        before = b", "
+        await asyncio.sleep(0)
+    head = before if not shown else b""
+    counted = b"" if others is None else b', "others": ' + json.dumps(others).encode()
+    yield head + b"]" + counted + b"}"
+
+
+async def _named(service: Service, asker: Asker, request: Request) -> list[Job]:
+    """The jobs that a request's id stands for, as far as the asker may see that there are such.
+
+    Raises:
+        UnknownId: There are none.
+    """
+    text = request.path_params["id"]
+    found = await service.named(text)
+    shown, _ = rows.visible(service, asker, found)
+    if len(shown) < len(found):
+        raise UnknownId(f"there is no job {text[:40]}", hint="`gpujobs ps --all` lists all of them.")
+    return found
+
+
+def _require(service: Service, asker: Asker, job: Job, what: str) -> None:
+    """Refuse what only a job's owner and administrators may do."""
+    if not asker.may_act(job):
+        whose = "somebody else" if rows.discreet(service, asker) else job.owner.name
+        raise Refused(f"job {job.id} is {whose}'s: only they and administrators may {what}")
+
+
+async def show(service: Service, asker: Asker, request: Request) -> Response:
     """Everything about a job, or about each element of an array; the inside only to who may see it."""
-    explainer = service.explainer()
-    found = await service.named(request.path_params["id"])
+    explainer = service.explainer(discreet=rows.discreet(service, asker))
+    found = await _named(service, asker, request)
     answer = []
     for job in found:
         attempts = await service.store.read(lambda ledger, job=job: ledger.attempts(job.id))  # type: ignore[misc]
-        inside = service.directory.may_act(asker, job)
-        answer.append(rows.details(service, job, explainer, attempts, inside=inside))
+        answer.append(rows.details(service, job, explainer, attempts, asker))
     return JSONResponse({"jobs": answer})
 
 
-async def watch(service: Service, _: Owner, request: Request) -> Response:
+async def watch(service: Service, asker: Asker, request: Request) -> Response:
     """Rows as JSON lines, one at each change, until all jobs of the id have ended and their logs are stored."""
     text = request.path_params["id"]
-    number = (await service.named(text))[0].id.number
+    number = (await _named(service, asker, request))[0].id.number
 
     async def lines() -> AsyncIterator[bytes]:
         told: dict[Any, str] = {}
@@ -230,9 +348,9 @@ async def watch(service: Service, _: Owner, request: Request) -> Response:
             while True:
                 event.clear()
                 found = await service.named(text)
-                explainer = service.explainer()
+                explainer = service.explainer(discreet=rows.discreet(service, asker))
                 for job in found:
-                    line = json.dumps(rows.row(service, job, explainer))
+                    line = json.dumps(rows.row(service, job, explainer, asker))
                     if told.get(job.id) != line:
                         told[job.id] = line
                         yield line.encode() + b"\n"
@@ -245,25 +363,25 @@ async def watch(service: Service, _: Owner, request: Request) -> Response:
     return StreamingResponse(lines(), media_type=wire.LINES_MEDIA_TYPE)
 
 
-async def cancel(service: Service, asker: Owner, request: Request) -> Response:
+async def cancel(service: Service, asker: Asker, request: Request) -> Response:
     """End a job or an array; answered once that is recorded."""
-    found = await service.named(request.path_params["id"])
+    found = await _named(service, asker, request)
     for job in found:
-        if not service.directory.may_act(asker, job):
-            raise Refused(f"job {job.id} is {job.owner.name}'s: only they and administrators may cancel it")
+        _require(service, asker, job, "cancel it")
     message = "cancelled" if len({job.owner.uid for job in found} - {asker.uid}) == 0 else f"cancelled by {asker.name}"
     changed = [await service.stop(job.id, "cancelled", message) for job in found]
-    explainer = service.explainer()
-    return JSONResponse({"jobs": [rows.row(service, job, explainer) for job in changed]})
+    explainer = service.explainer(discreet=rows.discreet(service, asker))
+    return JSONResponse({"jobs": [rows.row(service, job, explainer, asker) for job in changed]})
 
 
-async def rerun(service: Service, asker: Owner, request: Request) -> Response:
+async def rerun(service: Service, asker: Asker, request: Request) -> Response:
     """Submit a job or an array again: the same specification, the same image by its digest."""
-    found = await service.named(request.path_params["id"])
+    service.quotas.submission(asker.uid)
+    found = await _named(service, asker, request)
     for job in found:
-        if not service.directory.may_act(asker, job):
-            raise Refused(f"job {job.id} is {job.owner.name}'s: only they and administrators may run it again")
-    made = await service.rerun(found)
+        _require(service, asker, job, "run it again")
+    given = asker.owner if asker.uid == found[0].owner.uid else found[0].owner
+    made = await service.rerun(found, given)
     number = made[0].id.number
     answer = {
         "jobs": [{"id": number, "elements": len(made)}],
@@ -273,25 +391,23 @@ async def rerun(service: Service, asker: Owner, request: Request) -> Response:
     return JSONResponse(answer, 201)
 
 
-async def context(service: Service, asker: Owner, request: Request) -> Response:
+async def context(service: Service, asker: Asker, request: Request) -> Response:
     """Take in the tar file of a build context that a submission asked for, by its key; answered once it is on disk."""
-    found = await service.named(request.path_params["id"])
-    if not service.directory.may_act(asker, found[0]):
-        raise Refused(f"job {found[0].id} is {found[0].owner.name}'s: only they may send its build context")
+    found = await _named(service, asker, request)
+    _require(service, asker, found[0], "send its build context")
     number = found[0].id.number
-    await service.contexts.receive(number, request.path_params["key"], request.stream())
+    await service.contexts.receive(number, request.path_params["key"], _pieces(request))
     await service.context_came(number)
     return JSONResponse({"jobs": [{"id": number, "elements": len(found)}]})
 
 
-async def logs(service: Service, asker: Owner, request: Request) -> Response:
+async def logs(service: Service, asker: Asker, request: Request) -> Response:
     """The frames of a job's log: of its last attempt, or of the one named."""
-    found = await service.named(request.path_params["id"])
+    found = await _named(service, asker, request)
     if len(found) != 1:
         raise InvalidInput(f"{request.path_params['id']} is an array: its elements' logs are asked for one by one")
     job = found[0]
-    if not service.directory.may_act(asker, job):
-        raise Refused(f"job {job.id} is {job.owner.name}'s: only they and administrators may read its log")
+    _require(service, asker, job, "read its log")
     follow = request.query_params.get("follow", "0") == "1"
     wanted = _number(request, "attempt", 0, 10**6)
     tail_text = request.query_params.get("tail", "")
@@ -340,7 +456,7 @@ def _after(batch: list[LogRecord], skip: int) -> tuple[list[LogRecord], int]:
     return [], skip
 
 
-async def gpus(service: Service, _: Owner, __: Request) -> Response:
-    """The GPUs and who has what of them."""
+async def gpus(service: Service, asker: Asker, __: Request) -> Response:
+    """The GPUs and who has what of them, as far as the asker may see it."""
     await service.gpus.look()
-    return JSONResponse(rows.inventory(service))
+    return JSONResponse(rows.inventory(service, asker))

@@ -13,10 +13,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpujobs.core import job as jobs
 from gpujobs.core.container import (
@@ -37,8 +37,7 @@ from gpujobs.core.endings import Ending, ending_of
 from gpujobs.core.errors import GpujobsError, Refused, Unavailable
 from gpujobs.core.job import Allocation, Job
 from gpujobs.core.planning import source_of
-from gpujobs.core.ports import Conflict, EngineAway, EngineError, Gone, Log, MountHeld
-from gpujobs.service.access import group_names
+from gpujobs.core.ports import Conflict, EngineAway, EngineError, Gone, Log, MountHeld, Pin, Runner
 from gpujobs.service.faults import fault
 
 if TYPE_CHECKING:
@@ -46,9 +45,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gpujobs")
 
+T = TypeVar("T")
+
 HOLD_SECONDS = 30.0
 """How long to wait before asking a file server again that did not answer."""
 
+ACCOUNT_SECONDS = 5.0
+"""How long to wait before asking an account database again that did not answer."""
+
+TRIES = 5
+"""What the Engine or the account database answered badly is tried again so often, after 1, 2, 4 … seconds."""
+
+LOOK_SECONDS = 2.0
+"""Between looks at GPUs that the driver does not tell of just now."""
+
+KILL_SECONDS = 10.0
+"""After which a container that has not ended is sent SIGKILL again: the first may have been lost."""
+
+
+OUTPUT_LOST = "gap: the container was removed before its output had been read to the end"
 
 BUILD_LINE = 16 << 10
 """Characters of one line of a build's output that are kept."""
@@ -98,6 +113,7 @@ class Attempt:
         if isinstance(state, jobs.Stopping):
             self.stop(state.reason, state.message)
         self._gate = -1
+        self._sealed: dict[str, Pin] = {}
         self._log: asyncio.Task[None] | None = None
 
     @property
@@ -134,7 +150,11 @@ class Attempt:
         await self._service.tidy.attempt_gone(self.name, self._job.owner, self.job_id)
 
     async def _through(self) -> tuple[Ending, int | None]:
-        """All steps to the end, again from the first whenever the Engine went away: each may be repeated."""
+        """All steps to the end, again from the first whenever something failed that may pass: each may be repeated.
+
+        Once its program runs, only its own end ends it: no answer of the Engine's, however often, is a reason to.
+        """
+        failures = 0
         while True:
             try:
                 await self._start()
@@ -143,10 +163,43 @@ class Attempt:
                 return failure.ending, None
             except StopAsked:
                 return ending_of(0, oom=False, memory=0, released=False, stop=self._stop), None
+            except Gone:
+                return Ending(outcome="failed", reason="server", message=self._removed), None
             except EngineAway:
                 await self._service.engine_watch.returns(self.job_id)
-            except (EngineError, GpujobsError) as error:
+            except (EngineError, Unavailable) as error:
+                logger.warning("%s: %s", self.name, error)
+                if failures == TRIES and not self._released:
+                    return Ending(outcome="failed", reason="server", message=str(error)), None
+                await self._rest(2.0 ** min(failures, TRIES))
+                failures += 1
+            except GpujobsError as error:
                 return Ending(outcome="failed", reason="server", message=str(error)), None
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait so long before trying again; news that it is to end are worth trying again at once."""
+        if self._stop is not None:
+            await asyncio.sleep(seconds)
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            return
+
+    async def lost(self, message: str) -> None:
+        """Record that its container cannot be found any more."""
+        ending = Ending(outcome="failed", reason="server", message=message)
+        await self._service.end(self.job_id, ending, None)
+        if self._released:
+            log = self._service.logs.log(self.job_id, self.number)
+            log.append_gap(OUTPUT_LOST, time.time_ns())
+        await self._service.close_log(self.job_id, self.number)
+        await self._service.tidy.attempt_gone(self.name, self._job.owner, self.job_id)
+
+    @property
+    def _removed(self) -> str:
+        return f"its container {self.name} was removed by someone else"
 
     # -- the steps ---------------------------------------------------------------------------------------------
 
@@ -167,6 +220,9 @@ class Attempt:
         await self._verify(order, inspected)
         if self.gone.is_set():
             return
+        await self._unseal(inspected)
+        if self.gone.is_set():
+            return
         fault("devices-verified")
         await self._in_turn()
         self._check_stop()
@@ -185,10 +241,7 @@ class Attempt:
     async def _return_to(self) -> None:
         """Take up a container that was released before this server started, wherever it is now."""
         assert self.container is not None
-        try:
-            inspected = await self._service.engine.inspect(self.container)
-        except Gone:
-            raise Failed("server", f"its container {self.name} was removed by someone else") from None
+        inspected = await self._service.engine.inspect(self.container)
         self._open_gate()
         self.follow()
         if not inspected["State"]["Running"]:
@@ -271,9 +324,12 @@ class Attempt:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _order(self, image: Image) -> Order:
-        service, job = self._service, self._job
-        owner, spec = job.owner, job.spec
+        service, spec = self._service, self._job.spec
+        # Groups that the account has lost since the submission are not given to the job.
+        owner = await self._answered(lambda: service.directory.present(self._job.owner))
+        self._job = job = replace(self._job, owner=owner)
         home = f"/home/{owner.name}"
+        self._sealed.clear()
         mounts: list[Mount] = []
         for position, volume in enumerate(spec.volumes):
             if volume.type == "tmpfs":
@@ -296,22 +352,45 @@ class Attempt:
                 tmpfs[home] = f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
             else:
                 mounts.append(mount)
+        try:
+            network = await service.engine.network()
+        except EngineError as error:
+            raise Failed("server", f"it has no network: {error}") from error
+        await self._mount_points(home, spec.working_dir or image.working_dir)
         order = Order(
             server=service.id, job=job.id, attempt=self.number, nonce=self.nonce, owner=owner, spec=spec,
             allocation=self.allocation, image=image, control=str(self.control), home=home,
             runtime=service.settings.runtime, mounts=tuple(mounts), tmpfs=tmpfs, log=service.engine.log_config,
             visible="void" if service.inventory.simulated else ",".join(self.allocation.gpus) or "void",
             timezone=service.timezone, ceilings=service.ceilings, near=service.near(self.allocation),
-            defaults=service.settings.environment,
+            defaults=service.settings.environment, network=network,
         )  # fmt: skip
-        names = await service.directory.lookup(lambda: group_names(owner))
+        names = await self._answered(lambda: service.directory.group_names(owner))
         self._write_control(order, passwd_file(owner, home), group_file(owner, names))
         return order
+
+    async def _mount_points(self, home: str, working_dir: str) -> None:
+        """Make, as the owner, what lies in a volume of theirs and the Engine would make there as root, or could not.
+
+        That is where one volume is mounted in another, and the working directory.
+        """
+        owner = self._job.owner
+        sources = {home: home_of(owner)} if home in self._sealed else {}
+        wanted = {working_dir} if working_dir else set()
+        for volume in self._job.spec.volumes:
+            writable = volume.type != "tmpfs" and not volume.read_only
+            sources[volume.target] = source_of(owner, volume.type, volume.source) if writable else ""
+            if volume.type == "tmpfs" or self._sealed[volume.target].kind == "dir":
+                wanted.add(volume.target)
+        for place in sorted(wanted, key=len):
+            outer = max((t for t in sources if place.startswith(f"{t}/")), key=len, default=None)
+            if outer is not None and sources[outer]:
+                await self._make_directory(sources[outer] + place[len(outer) :])
 
     async def _pin(self, source: str, target: str, read_only: bool, name: str) -> Mount:
         while True:
             try:
-                pin = await self._service.mounts.pin(self._job.owner, source, read_only, name)
+                pin = await self._service.mounts.pin(self._job.owner, source, read_only, name, sealed=True)
             except MountHeld as error:
                 self.started.set()  # who waits for a file server does not keep the others waiting
                 self._service.note(self.job_id, f"waiting for {source}: {error}")
@@ -320,6 +399,7 @@ class Attempt:
                 raise Failed("server", f"volumes: {source}: {error}") from error
             else:
                 ours = read_only and not self._service.mounts.read_only_itself
+                self._sealed[target] = pin
                 return Mount(source=str(pin.path), target=target, read_only=ours)
 
     async def _shared(self, taken: set[str]) -> list[Mount]:
@@ -347,10 +427,24 @@ class Attempt:
         place = home_of(owner)
         try:
             await self._service.mounts.make_directory(owner, f"{place}/{checkpoints(self._service.id, self.job_id)}")
-            pin = await self._service.mounts.pin(owner, place, False, f"{self.name}-home")
+            pin = await self._service.mounts.pin(owner, place, False, f"{self.name}-home", sealed=True)
         except (GpujobsError, MountHeld):
             return None
+        self._sealed[home] = pin
         return Mount(source=str(pin.path), target=home, read_only=False)
+
+    async def _answered(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What the account database says, as soon as it says something."""
+        while True:
+            try:
+                answer = await ask()
+            except Unavailable as error:
+                self.started.set()  # who waits for the account database does not keep the others waiting
+                self._service.note(self.job_id, sentence(error))
+                await self._pause(ACCOUNT_SECONDS)
+            else:
+                self._service.note(self.job_id, "")
+                return answer
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -365,7 +459,7 @@ class Attempt:
         self.control.chmod(0o755)
         for name, content in (("job", control_file(order)), ("passwd", passwd), ("group", group)):
             path = self.control / name
-            if not path.exists():
+            if self.container is None or not path.exists():  # what a container was made with stays
                 path.write_bytes(content)
                 path.chmod(0o644)
         init, gate = self.control / "init", self.control / "gate"
@@ -436,7 +530,7 @@ class Attempt:
 
     async def _follow(self, log: Log) -> None:
         assert self.container is not None
-        await self._service.engine.follow(self.container, log)
+        await follow_to_end(self._service.engine, self.container, log)
 
     async def _verify(self, order: Order, inspected: dict[str, Any]) -> None:
         """Compare the devices granted with those allocated; a difference ends the attempt before its program ran."""
@@ -444,7 +538,7 @@ class Attempt:
         if service.inventory.simulated or self.gone.is_set():
             return
         assert self.container is not None
-        numbers = service.gpus.minors()
+        numbers = await self._numbers()
         wanted = frozenset(numbers[uuid] for uuid in self.allocation.gpus)
         pid = int(inspected["State"]["Pid"])
         try:
@@ -461,6 +555,35 @@ class Attempt:
         words += [f"/dev/nvidia{minor} was not granted" for minor in missing]
         raise Failed("isolation", f"its program never ran: the runtime {order.runtime} gave it other GPUs than it was "
                                   f"allocated: {', '.join(words)}")  # fmt: skip
+
+    async def _unseal(self, inspected: dict[str, Any]) -> None:
+        """Let the container write to its volumes: all that the Engine had to make in there as root is made."""
+        pid = int(inspected["State"]["Pid"])
+        while True:
+            try:
+                await self._service.mounts.unseal(pid, self._sealed)
+            except MountHeld as error:
+                self._service.note(self.job_id, f"waiting for its volumes: {error}")
+                await self._pause(HOLD_SECONDS)
+            except GpujobsError as error:
+                if not (await self._service.engine.inspect(self.container or ""))["State"]["Running"]:
+                    self.gone.set()  # its init refused, or it was killed: the end tells
+                    return
+                raise Failed("isolation", f"its program never ran: {error}") from error
+            else:
+                return
+
+    async def _numbers(self) -> dict[str, int]:
+        """The device numbers of all GPUs, its own among them, as soon as the driver tells of them."""
+        service = self._service
+        while missing := [uuid for uuid in self.allocation.gpus if uuid not in service.gpus.minors()]:
+            if not service.inventory.problem:
+                raise Failed("gpu-lost", f"its program never ran: {', '.join(missing)} is not in this machine any more")
+            service.note(self.job_id, f"its GPUs cannot be checked: {service.inventory.problem}")
+            await self._pause(LOOK_SECONDS)
+            await service.gpus.look(force=True)
+        service.note(self.job_id, "")
+        return service.gpus.minors()
 
     async def _in_turn(self) -> None:
         if self._before is not None:
@@ -488,10 +611,7 @@ class Attempt:
         while True:
             await self.gone.wait()
             self.gone.clear()
-            try:
-                state = (await self._service.engine.inspect(self.container))["State"]
-            except Gone:
-                raise Failed("server", f"its container {self.name} was removed by someone else") from None
+            state = (await self._service.engine.inspect(self.container))["State"]
             if not state["Running"]:
                 return dict(state)
 
@@ -499,21 +619,53 @@ class Attempt:
         await self._stopping.wait()
         await self._signal(self._job.spec.stop_signal or "SIGTERM")
         await asyncio.sleep(self._job.spec.stop_grace_period)
-        await self._signal("SIGKILL")
+        while True:  # until whoever waits for the end has seen it
+            await self._signal("SIGKILL")
+            await asyncio.sleep(KILL_SECONDS)
 
     async def _discard(self) -> None:
-        """Its program never ran: end the container, keep it for what the init said, remove it if even that never ran.
+        """Its program never ran: see the container ended, before what it holds passes on.
 
-        A container that was only made could be started by anybody at any time, and so counts as holding its GPUs.
+        It is kept for what the init said, and removed if even that never ran: a container that was only made could
+        be started by anybody at any time, and so counts as holding its GPUs.
         """
-        await self._signal("SIGKILL")
+        while True:
+            try:
+                if await self._is_over():
+                    return
+            except Gone:
+                return
+            except EngineAway:
+                await self._service.engine_watch.returns(self.job_id)
+            except EngineError as error:
+                logger.warning("%s is not known to have ended: %s", self.name, error)
+                await asyncio.sleep(LOOK_SECONDS)
+
+    async def _is_over(self) -> bool:
+        """Whether the container has ended; it is sent SIGKILL, and waited for a while, where it has not.
+
+        Raises:
+            Gone: There is none.
+        """
+        engine = self._service.engine
+        found = await engine.inspect(self.container or self.name)
         if self.container is None:
-            return
+            if (found["Config"].get("Labels") or {}).get("gpujobs.nonce") != self.nonce:
+                return True  # somebody else's of that name
+            self.container = str(found["Id"])  # made, but the answer that it was never came
+        if found["State"]["Status"] == "created":
+            await engine.remove(self.container)
+            return True
+        if not found["State"]["Running"]:
+            return True
+        self.gone.clear()
+        await engine.kill(self.container, "SIGKILL")
         try:
-            if (await self._service.engine.inspect(self.container))["State"]["Status"] == "created":
-                await self._service.engine.remove(self.container)
-        except (EngineError, EngineAway) as error:
-            logger.warning("%s stays until it is tidied up: %s", self.name, error)
+            async with asyncio.timeout(KILL_SECONDS):
+                await self.gone.wait()
+        except TimeoutError:
+            logger.warning("%s did not end within %g s of SIGKILL", self.name, KILL_SECONDS)
+        return False
 
     async def _signal(self, signal: str) -> None:
         """Send the container a signal, where there is one, as soon as the Engine answers."""
@@ -526,6 +678,12 @@ class Attempt:
             except EngineError as error:
                 logger.warning("%s did not get %s: %s", self.name, signal, error)
             return
+
+
+async def follow_to_end(engine: Runner, container: str, log: Log) -> None:
+    """Store what a container writes; where it was removed before its end was read, the log says so."""
+    if (await engine.follow(container, log)).gone:
+        log.append_gap(OUTPUT_LOST, time.time_ns())
 
 
 def sentence(error: GpujobsError) -> str:

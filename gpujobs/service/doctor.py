@@ -49,7 +49,7 @@ from gpujobs.core.facts import (
 from gpujobs.core.finding import Report
 from gpujobs.core.inventory import Health
 from gpujobs.core.ports import EngineError
-from gpujobs.service.access import peer_of
+from gpujobs.service.peer import peer_of
 
 ENGINE_SECONDS = 5
 """Of one call to the Engine."""

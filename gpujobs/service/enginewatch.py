@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gpujobs.core.container import container_name
-from gpujobs.core.endings import Ending
 from gpujobs.core.errors import GpujobsError
 from gpujobs.core.job import JobId
 from gpujobs.core.ports import Disconnected, EngineError, EngineEvent, Gone, Reconnected
 from gpujobs.core.reconcile import Action, Adopt, Forget, Kill, Lost, Recorded, Resume, Seen, reconcile
-from gpujobs.service.attempts import Attempt, remove_control
+from gpujobs.service.attempts import KILL_SECONDS, Attempt, remove_control
 
 if TYPE_CHECKING:
     from gpujobs.service.loop import Service
@@ -24,6 +24,7 @@ AGAIN_SECONDS = 1.0
 """Between tries of what the Engine did not answer."""
 
 
+RUNNING = ("running", "paused")
 ENDED = ("exited", "dead")
 """Docker's words for containers that will not run again by themselves."""
 
@@ -38,6 +39,7 @@ class EngineWatch:
     def __init__(self, service: Service) -> None:
         self.strange: dict[str, Seen] = {}
         self._service = service
+        self._ending: set[str] = set()
         self._answers = asyncio.Event()
         self._answers.set()
 
@@ -80,9 +82,10 @@ class EngineWatch:
                 await self._keep_lock()
             return
         job_id = self._service.by_container.get(event.id)
-        if job_id is None:
+        attempt = None if job_id is None else self._service.attempts.get(job_id)
+        if attempt is None:
             await self._strange_event(event)
-        elif event.action in ("die", "destroy") and (attempt := self._service.attempts.get(job_id)) is not None:
+        elif event.action in ("die", "destroy"):
             attempt.gone.set()
 
     async def _keep_lock(self) -> None:
@@ -106,16 +109,25 @@ class EngineWatch:
             except (EngineError, GpujobsError) as error:
                 logger.warning("container %s was not looked at: %s", event.id[:12], error)
                 return
-            # By its name, which is the Engine's to give once: labels can be anybody's.
-            ours = {attempt.name for attempt in self._service.attempts.values()}
-            if seen.id not in self._service.by_container and seen.name not in ours:
-                self.strange[seen.id] = seen
+            # By its name, which is the Engine's to give once, and our secret: labels can be anybody's.
+            ours = {(attempt.name, attempt.nonce) for attempt in self._service.attempts.values()}
+            if (seen.name, seen.labels.get("gpujobs.nonce")) in ours:
+                return
+            self.strange[seen.id] = seen
+            if seen.state in RUNNING and seen.labels.get("gpujobs.server") == self._service.id:
+                await self._look_again()  # somebody may have started one that had ended
         elif event.action in ("die", "destroy"):
             if event.action == "destroy":
                 self.strange.pop(event.id, None)
             elif (known := self.strange.get(event.id)) is not None:
                 self.strange[event.id] = replace(known, state="exited")
             self._service.wake()
+
+    async def _look_again(self) -> None:
+        try:
+            await self.reconcile()
+        except (EngineError, GpujobsError) as error:
+            logger.warning("the Engine's containers were not compared with the ledger: %s", error)
 
     async def reconcile(self, *, after_absence: bool = False) -> None:
         """Compare ledger and Engine and act on every difference, by the table of core.reconcile.
@@ -135,8 +147,10 @@ class EngineWatch:
             for row in rows
         ]  # fmt: skip
         by_job = {JobId.of_key(row["number"], row["idx"]): row for row in rows if row["active"]}
-        ours = {row["name"] for row in rows}
-        self.strange = {c.id: c for c in seen if c.name not in ours}
+        kept = {(row["name"], row["nonce"]) for row in rows}
+        active = {(row["name"], row["nonce"]) for row in rows if row["active"]}
+        active |= {(attempt.name, attempt.nonce) for attempt in service.attempts.values()}  # decided meanwhile
+        self.strange = {c.id: c for c in seen if _is_strange(c, active, kept)}
         by_id = {container.id: container for container in seen}
         for action in reconcile(service.id, recorded, seen):
             attempt = service.attempts.get(action.job) if isinstance(action, Adopt) else None
@@ -152,6 +166,8 @@ class EngineWatch:
             row = dict(rows[action.job])
             if isinstance(action, Adopt):
                 row["container"] = action.container
+            elif row["container"] not in seen:
+                row["container"] = None  # it was made and is gone, and its program never ran: another is made
             attempt = service.attempts.get(action.job) or service.begin_attempt(service.active[action.job], row)
             if isinstance(action, Adopt) and seen[action.container].state in ENDED:
                 attempt.gone.set()
@@ -159,11 +175,34 @@ class EngineWatch:
             if (running := service.attempts.get(action.job)) is not None:
                 running.gone.set()
             else:
-                service.attempts[action.job] = Attempt(service, service.active[action.job], rows[action.job], None)
-                await service.end(action.job, Ending(outcome="failed", reason="server", message=action.message), None)
+                lost = Attempt(service, service.active[action.job], rows[action.job], None)
+                service.attempts[action.job] = lost
+                service.spawn(lost.lost(action.message), f"end of {lost.name}")
         elif isinstance(action, Forget):
             remove_control(service.paths.attempts / container_name(service.id, action.job, action.attempt))
             await service.store.change(lambda ledger: ledger.on_attempt("set_removed", action.job, action.attempt))
         elif isinstance(action, Kill):
+            if action.container not in self._ending:
+                self._ending.add(action.container)
+                service.spawn(self._end_stray(action), f"end of {action.name}")
+
+    async def _end_stray(self, action: Kill) -> None:
+        """End a container that must not run; until it has ended, its GPUs count as taken."""
+        while (known := self.strange.get(action.container)) is not None and known.state in RUNNING:
             logger.warning("container %s runs without a job: it is ended", action.name)
-            await service.engine.kill(action.container, "SIGKILL")
+            try:
+                await self._service.engine.kill(action.container, "SIGKILL")
+            except (EngineError, GpujobsError) as error:
+                logger.warning("container %s was not ended: %s", action.name, error)
+            await asyncio.sleep(KILL_SECONDS)
+        self._ending.discard(action.container)
+
+
+def _is_strange(container: Seen, active: AbstractSet[tuple[str, str]], kept: AbstractSet[tuple[str, str]]) -> bool:
+    """Whether a container is not for an attempt to look after: not ours, or of ours that runs and must not.
+
+    What is ours is told by its name, which the Engine gives once, and by the ledger's secret: a label alone, or a
+    name alone, can be anybody's.
+    """
+    key = (container.name, container.labels.get("gpujobs.nonce", ""))
+    return key not in active and (key not in kept or container.state in RUNNING)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from gpujobs.core.container import cpus_near
-from gpujobs.core.inventory import Inventory
+from gpujobs.core.inventory import Health, Inventory
 from gpujobs.core.job import Allocation
 from gpujobs.core.place import strangers
 from gpujobs.core.ports import GpuSource
@@ -63,6 +63,12 @@ class GpuWatch:
         """Let go of the driver."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._source.close)
         self._thread.shutdown()
+
+    @property
+    def ailing(self) -> bool:
+        """Whether the driver is away, or a GPU is not in a state to be given: no event tells when that ends."""
+        usable = (Health.OK, Health.SIMULATED)
+        return bool(self.inventory.problem) or any(gpu.health not in usable for gpu in self.inventory.gpus)
 
     def minors(self) -> dict[str, int]:
         """The device file's number of every GPU, and of every MIG device's GPU, by UUID."""

@@ -15,7 +15,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from gpujobs.core.container import Image
 from gpujobs.core.decide import Host, Policy, Start, Stop, View, check_possible, decide, next_deadline, shape_of
 from gpujobs.core.diagnose import command_hint, diagnose
 from gpujobs.core.endings import Ending
-from gpujobs.core.errors import Unavailable, UnknownId
+from gpujobs.core.errors import Refused, Unavailable, UnknownId
 from gpujobs.core.explain import Explainer
 from gpujobs.core.inventory import Inventory
 from gpujobs.core.job import Allocation, Job, JobId, Owner
@@ -32,6 +32,8 @@ from gpujobs.core.planning import as_row, plan
 from gpujobs.core.ports import (
     BuildLimits,
     Clock,
+    EngineAway,
+    EngineError,
     Gone,
     GpuSource,
     Images,
@@ -45,21 +47,26 @@ from gpujobs.core.ports import (
 from gpujobs.core.pulls import Layer, Progress
 from gpujobs.core.queue import QueueState
 from gpujobs.core.reconcile import foreign
+from gpujobs.core.rules import check as check_rules
+from gpujobs.core.rules import discreet as without_names
 from gpujobs.core.spec import JobSpec
 from gpujobs.service.access import Directory
-from gpujobs.service.attempts import Attempt, name_of, starting_state
+from gpujobs.service.attempts import Attempt, follow_to_end, name_of, starting_state
 from gpujobs.service.broadcast import Broadcast
 from gpujobs.service.contexts import WAIT_SECONDS, Contexts
-from gpujobs.service.enginewatch import EngineWatch
+from gpujobs.service.enginewatch import AGAIN_SECONDS, EngineWatch
 from gpujobs.service.faults import fault
 from gpujobs.service.gpuwatch import GpuWatch
+from gpujobs.service.holds import Holds
+from gpujobs.service.layers import Layers
+from gpujobs.service.quotas import Quotas
 from gpujobs.service.tidy import Tidy
-from gpujobs.settings import Settings
+from gpujobs.settings import Settings, after_reload
 
 logger = logging.getLogger("gpujobs")
 
 RECHECK_SECONDS = 2.0
-"""While a GPU is kept from a waiting job by a process that is no job's: no event tells when that process ends."""
+"""While GPUs are kept from a waiting job by their state or by processes of others: no event tells when that ends."""
 
 WRITE_AGAIN_SECONDS = 2.0
 """Between tries to write an end when the ledger's disk is full."""
@@ -89,6 +96,8 @@ class Service:
         self.logs = logs
         self.still_alone = still_alone
         self.contexts = Contexts(store, paths.state / "contexts", clock)
+        self.holds = Holds(directory, self.spawn, self._hold_changed)
+        self.quotas = Quotas(clock)
         self.ceilings = engine.ceilings()
         self.active: dict[JobId, Job] = {}
         self.attempts: dict[JobId, Attempt] = {}
@@ -96,6 +105,7 @@ class Service:
         self.gpus = GpuWatch(gpus, self.locate)
         self.engine_watch = EngineWatch(self)
         self.tidy = Tidy(self)
+        self.layers = Layers(self)
         self.watchers = Broadcast()
         self.stopped = asyncio.Event()
         self.notes: list[str] = [] if mounts.read_only_itself else [mounts.note]
@@ -106,8 +116,10 @@ class Service:
         self._progress: dict[JobId, tuple[Layer, ...]] = {}
         self._writing = asyncio.Lock()
         self._woken = asyncio.Event()
+        self._turned = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_started: Attempt | None = None
+        self._settings_changed()
 
     # -- start-up and the loop ---------------------------------------------------------------------------------
 
@@ -118,15 +130,19 @@ class Service:
         for job in await self.store.read(lambda ledger: ledger.active()):
             self._apply(job)
         since = self.clock.now()  # what happens from now on is told by events: nothing between the two is missed
-        await self.engine_watch.reconcile()
+        try:
+            await self.engine_watch.reconcile()
+        except EngineError as error:
+            raise Unavailable(f"the Docker Engine does not tell what containers it has: {error}") from error
         await self.tidy.drop_pins()
         for row in await self.store.read(lambda ledger: ledger.open_logs()):
-            self._spawn(self._finish_log(row), "log of an ended attempt")
-        self._spawn(self.engine_watch.run(since), "engine events")
-        self._spawn(self.tidy.run(), "tidy")
-        self._spawn(self._give_up_contexts(), "build contexts")
+            self.spawn(self._finish_log(row), "log of an ended attempt")
+        self.spawn(self.engine_watch.run(since), "engine events")
+        self.spawn(self.tidy.run(), "tidy")
+        self.spawn(self.layers.run(), "layers")
+        self.spawn(self._give_up_contexts(), "build contexts")
         for number in self.contexts.numbers():
-            self._spawn(self._drop_contexts(number), f"build contexts of {number}")
+            self.spawn(self._drop_contexts(number), f"build contexts of {number}")
         self.wake()
 
     async def run(self) -> None:
@@ -140,11 +156,26 @@ class Service:
                 await self._step()
             except Unavailable as error:
                 logger.error("nothing was decided: %s", error)
-                asyncio.get_running_loop().call_later(WRITE_AGAIN_SECONDS, self.wake)
+                await self._rest(WRITE_AGAIN_SECONDS)
+                self.wake()
+            self._turned.set()
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.stopped.wait()
+        except TimeoutError:
+            return
+
+    async def turn(self) -> None:
+        """Wait until the loop has gone round once more: who gets an answer knows that it makes progress."""
+        self._turned.clear()
+        self.wake()
+        await self._turned.wait()
 
     async def _wait(self) -> None:
         deadlines = [next_deadline(self._queue)]
-        if self._gpu_jobs_wait() and (self.inventory.problem or self.gpus.occupied(self._queue.active)):
+        if self._gpu_jobs_wait() and (self.gpus.ailing or self.gpus.occupied(self._queue.active)):
             deadlines.append(self.clock.now() + RECHECK_SECONDS)
         due = min((deadline for deadline in deadlines if deadline is not None), default=None)
         try:
@@ -163,11 +194,24 @@ class Service:
         self.logs.close()
         await self.gpus.close()
 
+    def reload(self, wanted: Settings) -> tuple[str, ...]:
+        """Take other settings; returns the names of those whose change has to wait for a restart."""
+        self.settings, waiting = after_reload(self.settings, wanted)
+        self._settings_changed()
+        self.tidy.settings_changed()
+        self.wake()
+        return waiting
+
+    def _settings_changed(self) -> None:
+        self.directory.apply(self.settings)
+        self.quotas.apply(self.settings)
+
     def wake(self) -> None:
         """Something has happened that decisions may depend on."""
         self._woken.set()
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Do something beside the loop, until the server ends."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -196,7 +240,7 @@ class Service:
     def view(self) -> View:
         """All that a decision may look at, now."""
         avoid = self.gpus.occupied(self._queue.active)
-        ours = frozenset(self.by_container)
+        ours = frozenset(a.container for a in self.attempts.values() if a.container is not None)
         avoid.update(foreign(self.id, self.engine_watch.strange.values(), ours, self.inventory, self.settings.runtime))
         return View(queue=self._queue, inventory=self.inventory, host=self._host, policy=self._policy, avoid=avoid)
 
@@ -213,6 +257,10 @@ class Service:
             fault("decision-made")
             ids = [d.job for d in decisions if isinstance(d, Start)]
             waiting = await self.store.read(lambda ledger: {i: ledger.job(i) for i in ids})
+            if self._were_not_waiting(waiting):
+                self.wake()
+                return
+            decisions = tuple(d for d in decisions if not isinstance(d, Start) or self._may_start(waiting[d.job]))
             begun: list[tuple[Job, dict[str, Any]]] = []
             stops = [d for d in decisions if isinstance(d, Stop)]
             now = self.clock.now()
@@ -232,6 +280,20 @@ class Service:
                 self.begin_attempt(job, row)
         for stop in stops:
             await self.stop(stop.job, stop.reason, stop.message)
+
+    def _were_not_waiting(self, found: dict[JobId, Job | None]) -> bool:
+        """Whether jobs in the queue had ended already: they were looked up before, and put there after that."""
+        gone = [job_id for job_id, job in found.items() if job is None or not isinstance(job.state, jobs.Queued)]
+        for job_id in gone:
+            self._queue = self._queue.dequeue(job_id)
+        return bool(gone)
+
+    def _may_start(self, job: Job | None) -> bool:
+        return job is not None and self.holds.may_start(job.owner.uid)
+
+    def _hold_changed(self, uid: int) -> None:
+        self._queue = self.holds.filter(uid, self._queue)
+        self.wake()
 
     def _begin(self, ledger: Ledger, job: Job, decision: Start, now: float) -> tuple[Job, dict[str, Any]]:
         attempt = getattr(job.state, "attempt", 0) + 1
@@ -253,7 +315,7 @@ class Service:
         self.attempts[job.id] = attempt
         if attempt.container is not None:
             self.by_container[attempt.container] = job.id
-        self._spawn(attempt.run(), f"attempt {attempt.name}")
+        self.spawn(attempt.run(), f"attempt {attempt.name}")
         return attempt
 
     # -- changes of state --------------------------------------------------------------------------------------
@@ -264,9 +326,12 @@ class Service:
         else:
             self.active.pop(job.id, None)
         if not (isinstance(job.state, jobs.Queued) and self.contexts.awaits(job)):
-            self._queue = self._queue.apply(job, shape_of(job.spec, self.inventory, self._host, self._policy))
+            shape = shape_of(job.spec, self.inventory, self._host, self._policy)
+            self.holds.apply(job, shape)
+            if not (isinstance(job.state, jobs.Queued) and self.holds.reason(job)):
+                self._queue = self._queue.apply(job, shape)
         if isinstance(job.state, jobs.Ended) and self.contexts.keeps(job.id.number):
-            self._spawn(self._drop_contexts(job.id.number), f"build contexts of {job.id.number}")
+            self.spawn(self._drop_contexts(job.id.number), f"build contexts of {job.id.number}")
         self.watchers.tell(job.id.number)
 
     async def _change(
@@ -450,9 +515,10 @@ class Service:
         """Take the jobs of files (name, text, specifications) in: all are on disk when this returns, or none.
 
         Raises:
-            Refused: One of them can never run here.
+            Refused: One of them can never run here, or there are more than one account may have.
             Unavailable: The ledger could not be written.
         """
+        self._check_numbers(owner, [specs for _, _, specs in files])
         await self.gpus.look()
         view = self.view()
         shapes = {
@@ -482,6 +548,32 @@ class Service:
                 self._apply(job)
         self.wake()
         return made
+
+    def _check_numbers(self, owner: Owner, files: list[list[tuple[int | None, JobSpec]]]) -> None:
+        """Refuse more jobs than one submission, one array or one account may have."""
+        settings, count = self.settings, sum(map(len, files))
+        longest = max((len(specs) for specs in files if specs[0][0] is not None), default=0)
+        for found, most, what in (
+            (longest, settings.array_elements, "elements of one array"),
+            (count, settings.submission_jobs, "jobs of one submission"),
+            (count + self.holds.queued(owner.uid), settings.queued_jobs, f"jobs of {owner.name} that wait"),
+        ):
+            if found > most:
+                raise Refused(f"these would be {found} {what}; the limit is {most}",
+                              hint="Submit fewer at a time, or ask the administrator.")  # fmt: skip
+
+    async def check_allowed(self, owner: Owner, specs: Iterable[JobSpec]) -> None:
+        """Refuse jobs that use what the settings do not allow their owner.
+
+        Raises:
+            Refused: With the rule's name.
+        """
+        gids, rules = await self.directory.gids(), self.settings.rules
+        runtimes: tuple[str, ...] | None = None
+        for spec in specs:
+            if spec.runtime is not None and runtimes is None:
+                runtimes = await self.engine.runtimes()
+            check_rules(spec, owner, rules, gids, runtimes or ())
 
     async def context_came(self, number: int) -> None:
         """A build context of a submission is here: the jobs that waited for it take their places in the queue."""
@@ -513,24 +605,31 @@ class Service:
         if all(isinstance(job.state, jobs.Ended) for job in found):
             await self._must(lambda: self.contexts.forget(number))
 
-    async def rerun(self, found: list[Job]) -> list[Job]:
+    async def rerun(self, found: list[Job], owner: Owner) -> list[Job]:
         """Take the jobs of one submission in again, each with the image that its last attempt ran.
 
+        Args:
+            found: The jobs.
+            owner: Their owner, with the groups that they are to have at most.
+
         Raises:
-            Refused: One of them can never run here any more.
+            Refused: One of them can never run here any more, or is not allowed any more.
+            Unavailable: The account database did not answer in time.
         """
         first = found[0]
+        owner = await self.directory.present(owner)
+        await self.check_allowed(owner, [job.spec for job in found])
         specs: list[tuple[int | None, JobSpec]] = []
         for job in found:
             attempts = await self.store.read(lambda ledger, job=job: ledger.attempts(job.id))  # type: ignore[misc]
             ran = next((row for row in reversed(attempts) if row["image"]), None)
             image = job.spec.image if ran is None else ran["digest"] or ran["image"]
             specs.append((job.id.index, replace(job.spec, image=image, build=None if image else job.spec.build)))
-        made = await self.submit(first.owner, [(f"rerun of {first.id.number}", "", specs)])
+        made = await self.submit(owner, [(f"rerun of {first.id.number}", "", specs)])
         return made[0]
 
-    async def plan(self, owner: Owner, spec: JobSpec) -> dict[str, Any]:
-        """What would happen to a job now.
+    async def plan(self, owner: Owner, spec: JobSpec, *, discreet: bool = False) -> dict[str, Any]:
+        """What would happen to a job now; discreetly, without names of others.
 
         Raises:
             Refused: It can never run here.
@@ -542,8 +641,8 @@ class Service:
         except Gone:
             image = Image(id="", reference=reference)
         found = plan(
-            spec, owner, image, self.view(), runtime=self.settings.runtime, ceilings=self.ceilings,
-            defaults=self.settings.environment,
+            spec, owner, image, self._shown_view(discreet=discreet), runtime=self.settings.runtime,
+            ceilings=self.ceilings, defaults=self.settings.environment,
         )  # fmt: skip
         return as_row(found)
 
@@ -596,9 +695,13 @@ class Service:
             raise UnknownId(f"there is no job {job_id}", hint="`gpujobs ps --all` lists all of them.")
         return found
 
-    def explainer(self) -> Explainer:
-        """Why jobs wait, as things are now."""
-        return Explainer(self.view())
+    def explainer(self, *, discreet: bool = False) -> Explainer:
+        """Why jobs wait, as things are now; discreetly, without names of others."""
+        return Explainer(self._shown_view(discreet=discreet))
+
+    def _shown_view(self, *, discreet: bool) -> View:
+        view = self.view()
+        return replace(view, avoid=without_names(view.avoid)) if discreet else view
 
     def note_of(self, job_id: JobId) -> str:
         """What an active job is waiting for; empty for nothing."""
@@ -614,9 +717,22 @@ class Service:
         """All that the container wrote is stored."""
         await self.logs.finish(job_id, attempt)
         await self._must(lambda: self.store.change(lambda ledger: ledger.on_attempt("close_log", job_id, attempt)))
+        self.tidy.ended()
         self.watchers.tell(job_id.number)
 
     async def _finish_log(self, row: dict[str, Any]) -> None:
         job_id = JobId.of_key(row["number"], row["idx"])
-        await self.engine.follow(row["container"], self.logs.log(job_id, row["attempt"]))
+        if row["container"] is not None and await self._has_run(row["container"]):
+            await follow_to_end(self.engine, row["container"], self.logs.log(job_id, row["attempt"]))
         await self.close_log(job_id, row["attempt"])
+
+    async def _has_run(self, container: str) -> bool:
+        """Whether there is output to wait for: a container that was never started has none, and does not end."""
+        while True:
+            try:
+                return bool((await self.engine.inspect(container))["State"]["Status"] != "created")
+            except Gone:
+                return True  # reading its log tells the same
+            except (EngineError, EngineAway) as error:
+                logger.warning("container %s was not looked at: %s", container[:12], error)
+                await asyncio.sleep(AGAIN_SECONDS)

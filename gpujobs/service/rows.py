@@ -3,37 +3,71 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpujobs.core import codec
 from gpujobs.core.explain import Explainer
 from gpujobs.core.inventory import Gpu, MigDevice, Process
 from gpujobs.core.job import Active, Ended, Job, Queued, name_of
+from gpujobs.core.queue import ActiveJob
+from gpujobs.core.rules import discreet as without_names
+from gpujobs.service import holds
 from gpujobs.wire import rfc3339
 
 if TYPE_CHECKING:
+    from gpujobs.service.access import Asker
     from gpujobs.service.loop import Service
 
 Row = dict[str, Any]
 
 
-def row(service: Service, job: Job, explainer: Explainer) -> Row:
-    """One row of ``ps``."""
+def discreet(service: Service, asker: Asker) -> bool:
+    """Whether nothing that names others is shown to this asker."""
+    return service.settings.queue_visibility != "all" and not asker.admin
+
+
+def visible(service: Service, asker: Asker, found: Sequence[Job]) -> tuple[list[Job], dict[str, int] | None]:
+    """The jobs that an asker may see one by one, and how many others there are in each state.
+
+    The counts are None where there is nothing that is only counted.
+    """
+    if service.settings.queue_visibility != "counts" or asker.admin:
+        return list(found), None
+    mine = [job for job in found if asker.may_act(job)]
+    counts: dict[str, int] = {}
+    for job in found:
+        if not asker.may_act(job) and not isinstance(job.state, Ended):
+            counts[name_of(job.state)] = counts.get(name_of(job.state), 0) + 1
+    return mine, counts
+
+
+def row(service: Service, job: Job, explainer: Explainer, asker: Asker) -> Row:
+    """One row of ``ps``, as far as this asker may see it.
+
+    Of others' jobs it says why they wait, but not what became of them in words: these are of their paths, images and
+    logs.
+    """
     state = job.state
     reason, message = getattr(state, "reason", ""), getattr(state, "message", "")
+    inside, named = asker.may_act(job), not discreet(service, asker)
     if isinstance(state, Queued) and service.contexts.awaits(job):
         reason, message = "image", "waits for its build context"
+    elif isinstance(state, Queued) and (held := service.holds.reason(job)):
+        reason, message = holds.REASON, held if inside else "its account cannot be used now"
     elif isinstance(state, Queued):
         wait = explainer.why(job.id)
         reason, message = wait.reason, wait.message
+    elif not inside:
+        message = ""
     elif not isinstance(state, Ended) and not message:
         message = service.note_of(job.id)
     gpus = state.allocation.gpus if isinstance(state, Active) else getattr(state, "gpus", ())
     return {
         "id": job.id.number,
         "index": job.id.index,
-        "name": job.spec.name,
-        "owner": job.owner.name,
+        "name": job.spec.name if inside or named else None,
+        "owner": job.owner.name if inside or named else None,
         "state": name_of(state),
         "reason": reason or None,
         "message": message or None,
@@ -48,15 +82,16 @@ def row(service: Service, job: Job, explainer: Explainer) -> Row:
         "estimated_start": None,
         "progress": [
             {"layer": layer.id, "status": layer.status, "current": layer.current, "total": layer.total}
-            for layer in service.layers_of(job.id)
+            for layer in (service.layers_of(job.id) if inside else ())
         ]
         or None,
     }
 
 
-def details(service: Service, job: Job, explainer: Explainer, attempts: list[Row], *, inside: bool) -> Row:
+def details(service: Service, job: Job, explainer: Explainer, attempts: list[Row], asker: Asker) -> Row:
     """``show``: the row, and for who may see it the specification, the container and every attempt."""
-    answer = row(service, job, explainer)
+    inside = asker.may_act(job)
+    answer = row(service, job, explainer, asker)
     last = attempts[-1] if attempts else None
     answer["spec"] = codec.encode(job.spec) if inside else None
     answer["container"] = None
@@ -87,21 +122,31 @@ def details(service: Service, job: Job, explainer: Explainer, attempts: list[Row
     return answer
 
 
-def inventory(service: Service) -> Row:
-    """``gpus``: every GPU, who holds it, which processes are on it."""
+def inventory(service: Service, asker: Asker) -> Row:
+    """``gpus``: every GPU, who holds it, which processes are on it, as far as this asker may see it."""
     found = service.inventory
+    hidden = discreet(service, asker)
     held: dict[str, list[Row]] = {}
     for job in service.view().queue.active.values():
         for uuid in job.allocation.gpus:
-            entry = {"job": job.id.number, "index": job.id.index, "owner": job.user, "memory_bytes": job.share}
-            held.setdefault(uuid, []).append(entry)
+            held.setdefault(uuid, []).append(_allocation(service, job, asker))
     avoid = service.view().avoid
+    if hidden:
+        avoid = without_names(avoid)
+    mine = {str(job.id) for job in service.view().queue.active.values() if job.uid == asker.uid}
+
+    def processes(listed: Sequence[Process]) -> list[Row]:
+        return [
+            _process(process) if not hidden or process.uid == asker.uid or process.job in mine else _nameless(process)
+            for process in listed
+        ]
+
     return {
         "simulated": found.simulated,
         "driver": found.driver,
         "cuda": None if found.cuda is None else ".".join(map(str, found.cuda)),
         "problem": found.problem or None,
-        "gpus": [_gpu(gpu, held, avoid.get(gpu.uuid)) for gpu in found.gpus],
+        "gpus": [_gpu(gpu, held, avoid.get(gpu.uuid), processes) for gpu in found.gpus],
         "links": [
             {"a": a, "b": b, "link": link.name.lower().replace("_", "-"), "nvlinks": found.nvlinks.get((a, b), 0)}
             for (a, b), link in sorted(found.links.items())
@@ -109,11 +154,25 @@ def inventory(service: Service) -> Row:
     }
 
 
-def _gpu(gpu: Gpu, held: dict[str, list[Row]], avoided: str | None) -> Row:
+def _allocation(service: Service, job: ActiveJob, asker: Asker) -> Row:
+    """What a job holds of a GPU."""
+    shown = job.uid == asker.uid or not discreet(service, asker)
+    counted = not shown and service.settings.queue_visibility == "counts"
+    return {
+        "job": None if counted else job.id.number,
+        "index": None if counted else job.id.index,
+        "owner": job.user if shown else None,
+        "memory_bytes": job.share,
+    }
+
+
+def _gpu(
+    gpu: Gpu, held: dict[str, list[Row]], avoided: str | None, processes: Callable[[Sequence[Process]], list[Row]]
+) -> Row:
     allocations = [dict(entry) for entry in held.get(gpu.uuid, ())]
     for entry in allocations:
         entry["memory_bytes"] = entry["memory_bytes"] or gpu.memory_bytes
-    mig = [_mig(device, held) for device in gpu.mig]
+    mig = [_mig(device, held, processes) for device in gpu.mig]
     for device in mig:
         allocations += device["allocations"]
     return {
@@ -124,7 +183,7 @@ def _gpu(gpu: Gpu, held: dict[str, list[Row]], avoided: str | None) -> Row:
         "memory_bytes": gpu.memory_bytes,
         "health": str(gpu.health),
         "allocations": allocations,
-        "processes": [_process(process) for process in gpu.processes],
+        "processes": processes(gpu.processes),
         "memory_used_bytes": gpu.memory_used_bytes,
         "memory_reserved_bytes": gpu.memory_reserved_bytes,
         "utilisation_percent": gpu.utilisation_percent,
@@ -145,7 +204,9 @@ def _gpu(gpu: Gpu, held: dict[str, list[Row]], avoided: str | None) -> Row:
     }
 
 
-def _mig(device: MigDevice, held: dict[str, list[Row]]) -> Row:
+def _mig(
+    device: MigDevice, held: dict[str, list[Row]], processes: Callable[[Sequence[Process]], list[Row]]
+) -> Row:
     allocations = [dict(entry) for entry in held.get(device.uuid, ())]
     for entry in allocations:
         entry["memory_bytes"] = device.memory_bytes
@@ -155,7 +216,7 @@ def _mig(device: MigDevice, held: dict[str, list[Row]]) -> Row:
         "memory_bytes": device.memory_bytes,
         "memory_used_bytes": device.memory_used_bytes,
         "allocations": allocations,
-        "processes": [_process(process) for process in device.processes],
+        "processes": processes(device.processes),
     }
 
 
@@ -169,3 +230,8 @@ def _process(process: Process) -> Row:
         "job": process.job,
         "kind": process.kind,
     }
+
+
+def _nameless(process: Process) -> Row:
+    """A process of somebody else's where names are hidden: that there is one, and what it takes."""
+    return {**_process(process), "user": None, "name": None, "container": None, "job": None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import gc
-import grp
 import json
 import logging
 import os
@@ -22,25 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpujobs import init, places
 from gpujobs import settings as configuration
 from gpujobs.adapters import enginelock
+from gpujobs.adapters.accounts import SystemAccounts
 from gpujobs.adapters.engine import Engine, default_host
 from gpujobs.adapters.images import Images
 from gpujobs.adapters.logstore import LogStore
 from gpujobs.adapters.mounts import Mounts, PlainMounts
 from gpujobs.adapters.nvml import Nvml
 from gpujobs.adapters.runner import DockerRunner
+from gpujobs.adapters.servicemanager import ServiceManager, passed_socket
 from gpujobs.adapters.store import Ledger, Store
 from gpujobs.core.decide import Host
 from gpujobs.core.errors import GpujobsError, InvalidInput, Refused, Unavailable
 from gpujobs.core.ports import GpuSource, MountSource, Paths
-from gpujobs.service.access import Directory, peer_of
+from gpujobs.service.access import Directory
 from gpujobs.service.api import application
 from gpujobs.service.attempts import install_init
+from gpujobs.service.door import listen, open_to, protocol
 from gpujobs.service.loop import Service
+from gpujobs.settings import Settings
 from gpujobs.simulated import SimulatedGpus
 from gpujobs.simulated import load as load_machine
 
@@ -55,15 +57,6 @@ class SystemClock:
     def now(self) -> float:
         """Seconds since the epoch."""
         return time.time()
-
-
-class PeerProtocol(H11Protocol):
-    """uvicorn's protocol, which tells the application whose connection it is: ASGI has no place for that."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Read the peer's credentials once, when it connects."""
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "peer": peer_of(transport.get_extra_info("socket"))}
 
 
 class HttpServer(uvicorn.Server):
@@ -92,10 +85,10 @@ def serve(config: Path | None = None, simulate: Path | None = None, speed: float
 
 async def _serve(config: Path | None, simulate: Path | None) -> int:
     environ = os.environ
-    given = config or (places.SYSTEM_SETTINGS if os.geteuid() == 0 and places.SYSTEM_SETTINGS.exists() else None)
-    settings = configuration.load(given)
+    manager, listener = ServiceManager.of(environ), passed_socket(environ)
+    settings = configuration.load(_settings_file(config))
     state = places.server_state(environ)
-    address = places.socket_of(host) if (host := environ.get("GPUJOBS_HOST")) else places.server_socket(environ)
+    address = _address(environ) if listener is None else Path(listener.getsockname())
     paths = _make_places(state)
     async with AsyncExitStack() as stack:
         stack.enter_context(_one_server(state))
@@ -103,6 +96,8 @@ async def _serve(config: Path | None, simulate: Path | None) -> int:
         engine = DockerRunner(default_host(environ), paths.init, paths.nodes)
         stack.callback(engine.close)
         info = await engine.info()
+        if engine.filters() is False:
+            logger.warning("the Engine runs with iptables off: nothing keeps containers from reaching each other")
         mounts = await _mounts(paths, (state, places.SYSTEM_RUN, Path(info.root or "/var/lib/docker")))
         stack.push_async_callback(mounts.close)
         if simulate is None:
@@ -116,20 +111,40 @@ async def _serve(config: Path | None, simulate: Path | None) -> int:
             gpus, still_alone = SimulatedGpus(load_machine(simulate)), _always
         store = Store(state / "state.sqlite")
         stack.callback(store.close)
+        await store.change(lambda ledger: ledger.pass_over(_last_logged(paths.logs)))
         service = Service(
             server_id=await store.change(_server_id), settings=settings, paths=paths, store=store, engine=engine,
-            images=Images(engine), logs=LogStore(paths.logs), gpus=gpus, mounts=mounts,
-            directory=Directory(settings.admins, None if os.geteuid() == 0 else os.geteuid()), clock=SystemClock(),
+            images=Images(engine), logs=LogStore(paths.logs, settings.log_head, settings.log_tail), gpus=gpus,
+            mounts=mounts, clock=SystemClock(),
+            directory=Directory(None if os.geteuid() == 0 else os.geteuid(), SystemAccounts()),
             host=Host(cpus=float(info.cpus), memory=info.memory), timezone=_timezone(os.environ),
             still_alone=still_alone,
         )  # fmt: skip
         await service.start()
         gc.freeze()  # what was loaded stays: a full collection over it would hold up the loop
-        listener = _listen(address)
-        stack.callback(address.unlink, missing_ok=True)
-        await _until_stopped(service, listener, address)
+        if listener is None:
+            listener = listen(address)
+            stack.callback(address.unlink, missing_ok=True)  # one that was passed on is the service manager's
+        _open(address, settings)
+        await _until_stopped(service, listener, address, manager, config)
         ended()
     return 0
+
+
+def _settings_file(config: Path | None) -> Path | None:
+    """The file that the settings are in; None where there is none."""
+    if config is not None:
+        return config
+    return places.SYSTEM_SETTINGS if os.geteuid() == 0 and places.SYSTEM_SETTINGS.exists() else None
+
+
+def _address(environ: Mapping[str, str]) -> Path:
+    return places.socket_of(host) if (host := environ.get("GPUJOBS_HOST")) else places.server_socket(environ)
+
+
+def _open(address: Path, settings: Settings) -> None:
+    if warning := open_to(address, settings):
+        logger.warning("%s", warning)
 
 
 async def _always() -> bool:
@@ -151,6 +166,15 @@ def _server_id(ledger: Ledger) -> str:
     return known
 
 
+def _last_logged(logs: Path) -> int:
+    """The highest number of a submission that there are logs of.
+
+    A ledger that was restored does not know the latest ones: their numbers, given again, would show one account's
+    output to another.
+    """
+    return max((int(entry.name) for entry in logs.iterdir() if entry.name.isdecimal()), default=0)
+
+
 def _timezone(environ: Mapping[str, str]) -> str:
     if zone := environ.get("TZ"):
         return zone
@@ -161,12 +185,14 @@ def _timezone(environ: Mapping[str, str]) -> str:
     return target.partition("zoneinfo/")[2]
 
 
-async def _until_stopped(service: Service, listener: socket.socket, address: Path) -> None:
+async def _until_stopped(
+    service: Service, listener: socket.socket, address: Path, manager: ServiceManager, config: Path | None
+) -> None:
     loop = asyncio.get_running_loop()
     http = HttpServer(
         uvicorn.Config(
             application(service),
-            http=PeerProtocol,
+            http=protocol(service.quotas),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -183,17 +209,64 @@ async def _until_stopped(service: Service, listener: socket.socket, address: Pat
         service.stopped.set()
         service.wake()
 
+    status = f"listening on unix://{address}"
+    reload_wanted = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
     deciding = asyncio.create_task(service.run(), name="loop")
-    print(f"listening on unix://{address}", flush=True)
+    reloading = _reload_on_request(service, reload_wanted, manager, config, address)
+    beside = [asyncio.create_task(reloading, name="reload")]
+    if manager.watchdog is not None:
+        beside.append(asyncio.create_task(_tell_progress(service, manager, manager.watchdog), name="watchdog"))
+    print(status, flush=True)
+    manager.ready(status)
     done, _ = await asyncio.wait({serving, deciding}, return_when=asyncio.FIRST_COMPLETED)
+    manager.stopping()
     stop()
+    for task in beside:
+        task.cancel()
+    await asyncio.gather(*beside, return_exceptions=True)
     await asyncio.gather(serving, deciding)
     await service.shut_down()
     for task in done:
         task.result()
+
+
+async def _tell_progress(service: Service, manager: ServiceManager, within: float) -> None:
+    """Tell the service manager that the loop decides, twice as often as it wants to hear it, while it does."""
+    while True:
+        await service.turn()
+        manager.alive()
+        await asyncio.sleep(within / 2)
+
+
+async def _reload_on_request(
+    service: Service, wanted: asyncio.Event, manager: ServiceManager, config: Path | None, address: Path
+) -> None:
+    """Read the settings again whenever that is wanted; wrong ones change nothing."""
+    status = f"listening on unix://{address}"
+    while True:
+        await wanted.wait()
+        wanted.clear()
+        manager.reloading()
+        try:
+            found = await asyncio.to_thread(lambda: configuration.load(_settings_file(config)))
+        except GpujobsError as error:
+            told = "".join(f"\n  {problem}" for problem in error.problems)
+            logger.error("%s; what held before goes on%s", error, told)
+            manager.ready(f"{status}; the settings on disk are wrong: see the log")
+            continue
+        waiting = service.reload(found)
+        try:
+            _open(address, service.settings)
+        except Unavailable as error:
+            logger.error("%s", error)
+        logger.info("the settings were read again")
+        if waiting:
+            logger.warning("changes that wait for a restart of the server: %s", ", ".join(waiting))
+        manager.ready(status)
 
 
 def _make_places(state: Path) -> Paths:
@@ -268,45 +341,6 @@ def _record(state: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _listen(address: Path) -> socket.socket:
-    """Bind the socket: root's is the group's where there is one, anybody else's is their own."""
-    try:
-        if not address.parent.exists():
-            address.parent.mkdir(parents=True)
-            address.parent.chmod(0o755 if os.geteuid() == 0 else 0o700)
-        with places.short_path(address) as name:
-            _refuse_answering(name, address)
-            address.unlink(missing_ok=True)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            listener.bind(name)
-        if os.geteuid() == 0 and (group := _group()) is not None:
-            os.chown(address, 0, group)
-            address.chmod(0o660)
-        else:
-            address.chmod(0o600)
-        listener.listen(1024)
-    except OSError as error:
-        raise Unavailable(f"the socket {address} cannot be made: {error.strerror}") from error
-    return listener
-
-
-def _group() -> int | None:
-    try:
-        return grp.getgrnam(places.GROUP).gr_gid
-    except KeyError:
-        return None
-
-
-def _refuse_answering(name: str, address: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(name)
-        except OSError:
-            return
-        peer = peer_of(probe)
-    raise Refused(f"a server (pid {peer.pid}, uid {peer.uid}) answers at {address} already", hint="Use that one.")
 
 
 def ensure_server(environ: Mapping[str, str] | None = None) -> str | None:

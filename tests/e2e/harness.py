@@ -184,16 +184,7 @@ class Server:
     def clean(self, engine: Engine) -> None:
         """Stop it, and remove what is left of its containers and pins."""
         self.stop()
-        ledger = self.state / "state.sqlite"
-        if ledger.exists():
-            with closing(sqlite3.connect(ledger)) as connection:
-                row = connection.execute("SELECT value FROM meta WHERE name = 'server'").fetchone()
-            ours = ("--filter", f"name=^gpujobs-{row[0]}-") if row else ("--filter", "name=^$")
-            if left := engine.docker("ps", "--all", "--quiet", *ours).split():
-                engine.docker("rm", "--force", "--volumes", *left)
-            for pin in Path("/run/gpujobs/pins").glob(f"gpujobs-{row[0]}-*" if row else "none"):
-                subprocess.run(["umount", "--recursive", "--lazy", pin], check=True)
-                pin.rmdir() if pin.is_dir() else pin.unlink()
+        remove_leftovers(self.state, engine)
 
     # -- asking it ---------------------------------------------------------------------------------------------
 
@@ -252,6 +243,22 @@ class Server:
 
 def _complete(row: Row) -> bool:
     return all(attempt["log_complete"] for attempt in row["attempts"] if attempt["started_at"])
+
+
+def remove_leftovers(state: Path, engine: Engine) -> None:
+    """Remove the containers and pins of the server, stopped, that has this state directory."""
+    ledger = state / "state.sqlite"
+    if not ledger.exists():
+        return
+    with closing(sqlite3.connect(ledger)) as connection:
+        row = connection.execute("SELECT value FROM meta WHERE name = 'server'").fetchone()
+    if row is None:
+        return
+    if left := engine.docker("ps", "--all", "--quiet", "--filter", f"name=^gpujobs-{row[0]}-").split():
+        engine.docker("rm", "--force", "--volumes", *left)
+    for pin in Path("/run/gpujobs/pins").glob(f"gpujobs-{row[0]}-*"):
+        subprocess.run(["umount", "--recursive", "--lazy", pin], check=True)
+        pin.rmdir() if pin.is_dir() else pin.unlink()
 
 
 @contextmanager

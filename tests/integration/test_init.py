@@ -801,12 +801,16 @@ def test_signals_are_passed_on_to_the_program(box: Box, number: int) -> None:
         assert job.returncode == 0
 
 
-def test_signals_reach_the_programs_whole_group(box: Box) -> None:
-    inner = 'trap "echo inner; exit" TERM; echo ready; while :; do sleep 60 > /dev/null 2>&1 & wait $!; done'
-    with started(box.command("run", "sh", "-c", f"trap : TERM; sh -c '{inner}'; echo outer; exit 3")) as job:
+def test_a_signal_reaches_the_program_and_not_its_helpers(box: Box) -> None:
+    """Data loaders must live on while the program's own handler saves a checkpoint."""
+    helper = "read end; echo helper lives"
+    program = f"{{ {helper}; }} < gate2 & trap 'echo asked to stop; echo > gate2; wait; exit 3' TERM; echo ready; wait"
+    os.mkfifo(box.path / "gate2", 0o666)
+    (box.path / "gate2").chmod(0o666)
+    with started(box.command("run", "sh", "-c", program), cwd=box.path) as job:
         read_line(job, "ready")
         job.send_signal(signal.SIGTERM)
-        assert job.communicate(timeout=GRACE) == ("inner\nouter\n", "")
+        assert job.communicate(timeout=GRACE) == ("asked to stop\nhelper lives\n", "")
         assert job.returncode == 3
 
 

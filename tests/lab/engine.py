@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -44,6 +45,7 @@ PACKAGES = {
     "iproute2": ("ip",),
     "busybox-static": ("/bin/busybox",),
     "debootstrap": ("debootstrap",),
+    "systemd": ("systemd-analyze",),  # it judges the unit files that setup installs
     "gcc": ("gcc",),
     "libc6-dev": ("/usr/include/stdio.h",),
     "python3-venv": ("/usr/lib/python3.11/ensurepip/__init__.py",),
@@ -416,8 +418,9 @@ class Daemon:
         for left in self._leftovers():
             _end(left, signal.SIGKILL, 10.0)
         _unmount_below(self.home, self.run_dir)
-        if Path("/sys/class/net", self.bridge).exists():
-            run("ip", "link", "delete", self.bridge)
+        for bridge in (self.bridge, *self._bridges()):
+            if Path("/sys/class/net", bridge).exists():
+                run("ip", "link", "delete", bridge)
         shutil.rmtree(self.run_dir / "exec", ignore_errors=True)
         self._pidfile.unlink(missing_ok=True)
         (self.run_dir / "docker.sock").unlink(missing_ok=True)
@@ -427,6 +430,12 @@ class Daemon:
         self.stop()
         for directory in (self.home / "docker", self.runtime_dir, self.run_dir):
             shutil.rmtree(directory, ignore_errors=True)
+
+    def _bridges(self) -> list[str]:
+        """Return the bridges of networks that were made in this daemon: it makes them anew when it starts."""
+        store = self.home / "docker/network/files/local-kv.db"
+        content = store.read_bytes() if store.exists() else b""
+        return sorted({name.decode() for name in re.findall(rb'"BridgeName":"(br-[0-9a-f]{12})"', content)})
 
     def _leftovers(self) -> list[int]:
         """Return the pids of this daemon's shims, containerd and container inits that outlived it."""

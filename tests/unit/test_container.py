@@ -71,7 +71,8 @@ def host(**more: object) -> dict[str, object]:
 
 
 def variables(one: Order) -> dict[str, str]:
-    return dict(entry.partition("=")[::2] for entry in environment_of(one)[0] if "=" in entry)
+    entries, inside = environment_of(one)
+    return {**dict(inside), **dict(entry.partition("=")[::2] for entry in entries if "=" in entry)}
 
 
 def dropped(one: Order) -> list[str]:
@@ -152,14 +153,25 @@ def test_the_container_has_no_capability_and_can_gain_none() -> None:
 
 def test_the_control_file_tells_the_init_who_it_must_be() -> None:
     records = control_file(order(owner=owner(groups=(6000, 44, 5001, 44)))).split(b"\0")
-    assert records == [b"uid=5001", b"gid=5001", b"groups=44,5001,6000", b"caps=0", b""]
+    assert records[:4] == [b"uid=5001", b"gid=5001", b"groups=44,5001,6000", b"caps=0"]
+    assert all(record.startswith(b"env=") for record in records[4:-1])
 
 
-def test_loader_variables_of_the_user_reach_the_program_by_the_init_alone() -> None:
-    one = order(spec=spec(environment=(("LD_PRELOAD", "/home/ada/x.so"), ("GLIBC_TUNABLES", "a=b"), ("A", "1"))))
-    assert control_file(one).split(b"\0")[4:-1] == [b"env=LD_PRELOAD=/home/ada/x.so", b"env=GLIBC_TUNABLES=a=b"]
-    assert not [entry for entry in environment_of(one)[0] if entry.startswith(("LD_", "GLIBC"))]
-    assert variables(one)["A"] == "1"
+def test_variables_of_image_and_user_reach_the_program_by_the_init_and_the_engine_has_ours_alone() -> None:
+    environment = (("LD_PRELOAD", "/home/ada/x.so"), ("GLIBC_TUNABLES", "a=b"), ("BASH_ENV", "/x"), ("A", "1"))
+    one = order(spec=spec(environment=environment), image=replace(IMAGE, environment=("PATH=/opt/bin", "A=0")))
+    records = control_file(one).split(b"\0")
+    assert {b"env=LD_PRELOAD=/home/ada/x.so", b"env=GLIBC_TUNABLES=a=b", b"env=BASH_ENV=/x", b"env=A=1",
+            b"env=PATH=/opt/bin"} <= set(records)  # fmt: skip
+    assert b"env=A=0" not in records
+    assert dropped(one) == ["A", "PATH"]
+    assert all(entry.startswith(("NVIDIA_", "GPUJOBS_")) for entry in environment_of(one)[0] if "=" in entry)
+
+
+def test_an_environment_that_the_init_cannot_read_is_refused_before() -> None:
+    large = tuple((f"A{number}", "x" * 100_000) for number in range(11))
+    with pytest.raises(Refused, match="at most 1,048,576 are possible"):
+        control_file(order(spec=spec(environment=large)))
 
 
 def test_bytes_that_are_no_text_pass_through_the_control_file_unchanged() -> None:
@@ -225,14 +237,10 @@ def test_the_variables_of_an_image_that_steer_runtime_and_loader_are_taken_away(
         ),
     )
     one = order(image=image)
-    assert dropped(one) == [
-        "GCONV_PATH",
-        "GLIBC_TUNABLES",
-        "LD_LIBRARY_PATH",
-        "LD_PRELOAD",
-        "NVIDIA_MIG_CONFIG_DEVICES",
-        "NVIDIA_REQUIRE_CUDA",
-    ]
+    assert set(dropped(one)) == {entry.partition("=")[0] for entry in image.environment} - {
+        "NVIDIA_VISIBLE_DEVICES", "GPUJOBS_JOB_ID"}  # fmt: skip
+    of_the_image = {name: value for name, value in environment_of(one)[1] if name not in ("HOME", "USER", "LOGNAME")}
+    assert of_the_image == {"PATH": "/bin", "CUDA_VERSION": "12.4", "LDX": "1"}
     assert variables(one)["NVIDIA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
     assert variables(one)["GPUJOBS_JOB_ID"] == "12_3"
 
@@ -447,7 +455,7 @@ def test_the_same_order_always_has_the_same_hash() -> None:
         {"owner": owner(uid=5002)},
         {"image": replace(IMAGE, id="sha256:5678")},
         {"mounts": (Mount(source="/etc", target="/x", read_only=False),)},
-        {"spec": spec(environment=(("A", "1"),))},
+        {"spec": spec(labels=(("a", "1"),))},
         {"allocation": replace(HELD, memory=GIB)},
         {"attempt": 3},
     ],

@@ -4,6 +4,13 @@ INSERT INTO meta (name, value) VALUES (:name, :value) ON CONFLICT (name) DO UPDA
 -- name: get_meta
 SELECT value FROM meta WHERE name = :name;
 
+-- name: pass_over
+UPDATE sqlite_sequence SET seq = :number WHERE name = 'submissions' AND seq < :number;
+
+-- name: begin_after
+INSERT INTO sqlite_sequence (name, seq)
+SELECT 'submissions', :number WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'submissions');
+
 -- name: add_submission
 INSERT INTO submissions (uid, submitted_at, file, text, elements)
 VALUES (:uid, :submitted_at, :file, :text, :elements);
@@ -68,10 +75,10 @@ FROM attempts JOIN jobs USING (number, idx) WHERE removed = 0 ORDER BY number, i
 SELECT * FROM attempts WHERE removed = 0 AND ended_at IS NOT NULL AND log_closed = 1 AND ended_at < :before;
 
 -- name: next_expiry
-SELECT min(ended_at) AS ended_at FROM attempts WHERE removed = 0 AND ended_at IS NOT NULL;
+SELECT min(ended_at) AS ended_at FROM attempts WHERE removed = 0 AND ended_at IS NOT NULL AND log_closed = 1;
 
 -- name: open_logs
-SELECT * FROM attempts WHERE log_closed = 0 AND container IS NOT NULL AND removed = 0 AND ended_at IS NOT NULL;
+SELECT * FROM attempts WHERE log_closed = 0 AND ended_at IS NOT NULL;
 
 -- name: add_context
 INSERT INTO contexts (number, key, context, dockerfile, deadline)

@@ -13,8 +13,8 @@ import typer
 from gpujobs import __version__
 from gpujobs.core.errors import OK, GpujobsError, Interrupted, InvalidInput
 from gpujobs.faces.cli import doctor as checkup
-from gpujobs.faces.cli import files, gpus, jobs, logs, plans, server
-from gpujobs.faces.cli.common import Hooks, emit, emit_error, output_closed, report, report_bug
+from gpujobs.faces.cli import files, gpus, jobs, logs, plans, server, upkeep
+from gpujobs.faces.cli.common import Hooks, Setup, emit, emit_error, output_closed, report, report_bug
 from gpujobs.faces.client import Host
 from gpujobs.faces.words import clean
 
@@ -53,6 +53,8 @@ for _name, _command, _examples in (
     ("from-docker", files.from_docker, files.FROM_DOCKER_EXAMPLES),
     ("doctor", checkup.doctor, checkup.EXAMPLES),
     ("serve", server.serve, server.SERVE_EXAMPLES),
+    ("backup", upkeep.backup, upkeep.BACKUP_EXAMPLES),
+    ("setup", upkeep.setup, upkeep.SETUP_EXAMPLES),
     ("completion", server.completion, server.COMPLETION_EXAMPLES),
 ):
     # The options after `docker run` are Docker's.
@@ -82,6 +84,9 @@ def main(
     serve: Callable[[Path | None, Path | None, float | None], int],
     ensure_server: Callable[[Host], str | None],
     doctor: Callable[[], Report] | None = None,
+    check_state: Callable[[], str] | None = None,
+    back_up: Callable[[Path], str] | None = None,
+    setup: Setup | None = None,
 ) -> int:
     """Run one command.
 
@@ -90,6 +95,9 @@ def main(
         serve: Be the server: (settings file, simulated machine, speed) to the exit code.
         ensure_server: Start a server for this account where the rules allow it; what to say of it, or None.
         doctor: Look at the machine, for the command of that name.
+        check_state: Look at the server's ledger, for `serve --check-state`.
+        back_up: Copy it, for `backup`.
+        setup: Make or remove the system installation.
 
     Returns:
         The exit code. No error leaves this as an exception.
@@ -100,7 +108,8 @@ def main(
             # A terminal that is not UTF-8 gets escapes for what it cannot show, not a traceback.
             reconfigure(errors="backslashreplace")
     try:
-        return _invoke(sys.argv[1:] if argv is None else list(argv), Hooks(serve, ensure_server, doctor))
+        hooks = Hooks(serve, ensure_server, doctor, check_state, back_up, setup)
+        return _invoke(sys.argv[1:] if argv is None else list(argv), hooks)
     except GpujobsError as error:
         return report(error)
     except KeyboardInterrupt:

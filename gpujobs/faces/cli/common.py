@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 
@@ -37,11 +37,25 @@ class Hooks:
         serve: Be the server: (settings file, simulated machine, speed) to the exit code.
         ensure_server: Start one for this account where the rules allow it; what to say of it, or None.
         doctor: Look at the machine; None where the caller gave none.
+        check_state: Look at the server's ledger; what was found, for a person.
+        back_up: Copy that ledger into a file; what was done, for a person.
+        setup: Make the system installation (or, where ``uninstall``, remove it; ``purge``: with its data; ``dry_run``:
+            only say so), telling each step.
     """
 
     serve: Callable[[Path | None, Path | None, float | None], int]
     ensure_server: Callable[[Host], str | None]
     doctor: Callable[[], Report] | None = None
+    check_state: Callable[[], str] | None = None
+    back_up: Callable[[Path], str] | None = None
+    setup: Setup | None = None
+
+
+class Setup(Protocol):
+    """Makes or removes the system installation."""
+
+    def __call__(self, say: Callable[[str], None], *, uninstall: bool, purge: bool, dry_run: bool) -> None:
+        """Do it, or only say what would be done."""
 
 
 def hooks_of(context: typer.Context) -> Hooks:

@@ -18,6 +18,7 @@ SERVE_EXAMPLES = """\b
 Examples:
   gpujobs serve
   gpujobs serve --config /etc/gpujobs/server.yaml
+  gpujobs serve --check-state        is the ledger whole, and which schema has it?
   GPUJOBS_HOST=unix:///tmp/try.sock gpujobs serve --simulate configs/simulated/dgx-a100.yaml"""
 
 COMPLETION_EXAMPLES = """\b
@@ -37,8 +38,22 @@ def serve(
         float | None,
         typer.Option(metavar="N", help="With --simulate: no containers, and time passes N times as fast."),
     ] = None,
+    look: Annotated[
+        bool, typer.Option("--check-state", help="Only look at its ledger: whole or damaged, the schema, the jobs.")
+    ] = False,
 ) -> int:
-    """Be the server: take jobs, decide, run them. It says `listening on unix://…` when it is ready."""
+    """Be the server: take jobs, decide, run them. It says `listening on unix://…` when it is ready.
+
+    SIGHUP makes it read its settings again. With --check-state nothing is started or changed, whether or not a server
+    runs; exit code 3 where the ledger is damaged or of a newer gpujobs.
+    """
+    if look:
+        if config is not None or simulate is not None or speed is not None:
+            raise InvalidInput("--check-state goes alone: it starts no server")
+        examine = hooks_of(context).check_state
+        assert examine is not None
+        emit(examine())
+        return OK
     if speed is not None and simulate is None:
         raise InvalidInput("--speed goes with --simulate only")
     if speed is not None and not 0 < speed < float("inf"):

@@ -1,0 +1,357 @@
+"""What an image brings along: variables, labels, health checks, volumes, users, groups, links."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpujobs.adapters.runner import DockerRunner
+from tests.attacks.tools import Evil, output, submitted, undefended
+from tests.e2e.harness import HOSTILE, Place, Row, Server, inspect, run
+from tests.lab.accounts import Account
+from tests.lab.engine import Engine
+from tests.lab.images import HOSTILE_MARK
+
+VARIABLES = {
+    "NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "all", "NVIDIA_MIG_CONFIG_DEVICES": "all",
+    "NVIDIA_MIG_MONITOR_DEVICES": "all", "NVIDIA_IMEX_CHANNELS": "0", "NVIDIA_GDS": "enabled",
+    "NVIDIA_MOFED": "enabled", "NVIDIA_REQUIRE_CUDA": "cuda>=1", "NVIDIA_DISABLE_REQUIRE": "1",
+    "CUDA_MPS_PIPE_DIRECTORY": "/tmp/nvidia-mps", "LD_PRELOAD": "/evil.so", "LD_AUDIT": "/evil.so",
+    "LD_LIBRARY_PATH": "/evil", "GLIBC_TUNABLES": "glibc.malloc.check=3", "GCONV_PATH": "/evil",
+    "GPUJOBS_JOB_ID": "666", "GPUJOBS_CHECKPOINT_DIR": "/evil",
+}  # fmt: skip
+EVIL_ENV = " ".join(f"{name}={value}" for name, value in VARIABLES.items())
+
+
+# -- variables -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def brought(evil: Callable[..., str]) -> str:
+    return evil("variables", Evil(changes=(f"ENV {EVIL_ENV}", "LABEL gpujobs.server=forged", "LABEL gpujobs.nonce=forged",
+                                           "LABEL gpujobs.owner=0", "USER 0:0")))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain_environment(lab: Engine, brought: str) -> dict[str, str]:
+    done = undefended(lab, image=brought, command=("env",))
+    return dict(line.partition("=")[::2] for line in done.out.decode().splitlines())
+
+
+@pytest.fixture(scope="module")
+def jobs_row(server: Server, alice: Account, brought: str) -> Row:
+    return submitted(server, alice, image=brought, gpus=1, command=["env"])
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_of_an_image_that_the_runtime_acts_on_does_not_reach_it(
+    plain_environment: dict[str, str], jobs_row: Row, server: Server, lab: Engine, name: str
+) -> None:
+    if name not in ("LD_PRELOAD", "NVIDIA_VISIBLE_DEVICES"):
+        assert plain_environment[name] == VARIABLES[name]
+    entries = inspect(lab, jobs_row["container"]["id"])["Config"]["Env"]
+    assert f"{name}={VARIABLES[name]}" not in entries
+    inside = dict(line.partition("=")[::2] for line in output(server, jobs_row).splitlines())
+    assert inside.get(name) != VARIABLES[name]
+
+
+# What runc does with a hook of NVIDIA's toolkit: it runs it as root of the host in the container's mount namespace,
+# with the container's environment.
+HOOKED = {"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "hostname": "hooked",
+          "process": {"user": {"uid": 5001, "gid": 5001}, "cwd": "/", "args": ["/bin/true"], "noNewPrivileges": True},
+          "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+          "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]}}  # fmt: skip
+
+
+def hooked(place: Place, name: str, root: Path, hook: list[str], environment: list[str]) -> str:
+    """Run a container whose runtime has a createContainer hook; what its making left in the mark's file."""
+    bundle = place.path / name
+    bundle.mkdir()
+    (bundle / "rootfs").symlink_to(root)
+    bundle.joinpath("config.json").write_text(json.dumps({
+        **HOOKED, "process": {**HOOKED["process"], "env": environment},  # type: ignore[dict-item]
+        "root": {"path": str(root)}, "hooks": {"createContainer": [{"path": hook[0], "args": hook}]},
+    }))  # fmt: skip
+    done = run(["runc", "run", "--bundle", str(bundle), f"gpujobs-attack-{name}"], {})
+    assert done.code == 0, done
+    try:
+        return HOSTILE_MARK.read_text()
+    except FileNotFoundError:
+        return ""
+    finally:
+        HOSTILE_MARK.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def unpacked(lab: Engine, ground: Place) -> Path:
+    """The hostile image's files, as a runtime has them under its feet."""
+    root = ground.path / "unpacked"
+    root.mkdir()
+    made = lab.docker("create", HOSTILE).strip()
+    try:
+        exported = subprocess.run(["docker", "export", made], env=lab.environment(), check=True, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", root], input=exported.stdout, check=True)
+    finally:
+        lab.docker("rm", "--volumes", made)
+    script = root / "evil.sh"
+    script.write_text(f'echo "uid $UID shell" >> {HOSTILE_MARK}\n')
+    return root
+
+
+@pytest.fixture
+def of_the_job(server: Server, alice: Account, lab: Engine) -> Iterator[Callable[..., list[str]]]:
+    """The environment that the Engine has of a job's container: what hooks of the runtime are run with."""
+
+    def environment(**keys: object) -> list[str]:
+        row = submitted(server, alice, script="true", **keys)
+        assert row["state"] == "succeeded", row
+        entries = inspect(lab, row["container"]["id"])["Config"]["Env"]
+        return [entry for entry in entries if "=" in entry]  # one without takes the image's away
+
+    yield environment
+
+
+def test_a_library_of_an_image_does_not_run_as_root_in_a_hook_of_the_runtime(
+    place: Place, unpacked: Path, lab: Engine, of_the_job: Callable[..., list[str]]
+) -> None:
+    images = json.loads(lab.docker("image", "inspect", HOSTILE))[0]["Config"]["Env"]
+    assert hooked(place, "plain", unpacked, ["/bin/true"], images).startswith("uid 0 ")
+    assert hooked(place, "job", unpacked, ["/bin/true"], of_the_job(image=HOSTILE)) == ""
+
+
+def test_a_library_of_a_job_file_does_not_run_as_root_in_a_hook_of_the_runtime(
+    place: Place, unpacked: Path, of_the_job: Callable[..., list[str]]
+) -> None:
+    given = {"LD_PRELOAD": "/proc/self/cwd/evil.so", "LD_AUDIT": "/proc/self/cwd/evil.so"}
+    plain = [f"{name}={value}" for name, value in given.items()]
+    assert hooked(place, "plain", unpacked, ["/bin/true"], plain).startswith("uid 0 ")
+    assert hooked(place, "job", unpacked, ["/bin/true"], of_the_job(environment=given)) == ""
+
+
+@pytest.mark.parametrize("of_the_image", [True, False], ids=["of an image", "of a job file"])
+def test_a_start_file_for_shells_does_not_run_as_root_in_a_hook_that_is_a_script(
+    place: Place, unpacked: Path, of_the_job: Callable[..., list[str]], evil: Callable[..., str], of_the_image: bool
+) -> None:
+    start = "/proc/self/cwd/evil.sh"
+    hook = ["/bin/bash", "-c", "true"]
+    assert hooked(place, "plain", unpacked, hook, [f"BASH_ENV={start}"]).startswith("uid 0 shell")
+    keys: dict[str, object] = {"environment": {"BASH_ENV": start}}
+    if of_the_image:
+        keys = {"image": evil("shell", Evil(changes=(f"ENV BASH_ENV={start}",)))}
+    assert hooked(place, "job", unpacked, hook, of_the_job(**keys)) == ""
+
+
+def test_what_hooks_must_not_see_reaches_the_program_all_the_same(server: Server, alice: Account) -> None:
+    row = submitted(server, alice, script="echo $$BASH_ENV $$LD_AUDIT", environment={"BASH_ENV": "/a", "LD_AUDIT": "/b"})
+    assert output(server, row) == "/a /b\n"
+
+
+# -- labels, user, health check, volumes -----------------------------------------------------------------------
+
+
+def test_labels_of_an_image_do_not_pass_for_ours(
+    lab: Engine, brought: str, jobs_row: Row, server_id: str, alice: Account
+) -> None:
+    made = lab.docker("create", brought).strip()
+    try:
+        assert inspect(lab, made)["Config"]["Labels"]["gpujobs.nonce"] == "forged"
+    finally:
+        lab.docker("rm", made)
+    labels = inspect(lab, jobs_row["container"]["id"])["Config"]["Labels"]
+    assert (labels["gpujobs.server"], labels["gpujobs.owner"]) == (server_id, str(alice.uid))
+    assert labels["gpujobs.nonce"] != "forged"
+
+
+def test_the_user_of_an_image_is_not_the_jobs(
+    lab: Engine, brought: str, server: Server, alice: Account, jobs_row: Row
+) -> None:
+    assert undefended(lab, image=brought, command=("id", "-u")).out == b"0\n"
+    assert inspect(lab, jobs_row["container"]["id"])["Config"]["User"] == f"{alice.uid}:{alice.gid}"
+    assert "USER=gjlab1" in output(server, jobs_row).splitlines()
+
+
+def test_a_health_check_of_an_image_does_not_keep_the_engine_busy(
+    lab: Engine, server: Server, alice: Account, volume: Path
+) -> None:
+    began = time.time()
+    done = undefended(lab, "--label", "attack=check", image=HOSTILE, command=("sleep", "1"))
+    assert done.code == 0, done
+    until = time.time()
+
+    def checks(label: str) -> int:
+        shown = lab.docker("events", "--since", f"{began:.3f}", "--until", f"{max(until, time.time()):.3f}",
+                           "--filter", "event=exec_start", "--filter", f"label={label}")  # fmt: skip
+        return len(shown.splitlines())
+
+    assert checks("attack=check") > 3
+    row = submitted(server, alice, image=HOSTILE, script="sleep 1")
+    assert checks(f"gpujobs.job={row['id']}") == 0
+    HOSTILE_MARK.unlink(missing_ok=True)
+
+
+def volumes_of(lab: Engine, container: str) -> list[str]:
+    return [mount["Name"] for mount in inspect(lab, container)["Mounts"] if mount["Type"] == "volume"]
+
+
+def there(lab: Engine, volume: str) -> bool:
+    return volume in lab.docker("volume", "ls", "--quiet").split()
+
+
+async def remove(lab: Engine, container: str, ground: Place) -> None:
+    """As the server does it."""
+    engine = DockerRunner(lab.host, ground.path / "none", ground.path)
+    try:
+        await engine.remove(container)
+    finally:
+        engine.close()
+
+
+def test_a_volume_of_an_image_goes_with_its_container(
+    lab: Engine, server: Server, alice: Account, ground: Place
+) -> None:
+    made = lab.docker("create", HOSTILE).strip()
+    (left,) = volumes_of(lab, made)
+    lab.docker("rm", made)
+    assert there(lab, left)
+    lab.docker("volume", "rm", left)
+    row = submitted(server, alice, image=HOSTILE, script="true")
+    (anonymous,) = volumes_of(lab, row["container"]["id"])
+    asyncio.run(remove(lab, row["container"]["id"], ground))
+    assert not there(lab, anonymous)
+
+
+# -- groups ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shadowy(place: Place) -> Path:
+    """A file that group 42 may read, as /etc/shadow is."""
+    directory = place.path / "shadowy"
+    directory.mkdir(mode=0o755)
+    file = directory / "file"
+    file.write_text("for group 42\n")
+    os.chown(file, 0, 42)
+    file.chmod(0o640)
+    return directory
+
+
+def test_a_group_file_of_an_image_hands_out_no_group_of_the_host(
+    lab: Engine, server: Server, alice: Account, shadowy: Path
+) -> None:
+    """The line ``5001:x:42:`` makes group 42 of the number 5001."""
+    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{shadowy}:/e", image=HOSTILE,
+                      command=("cat", "/e/file"))  # fmt: skip
+    assert done.out == b"for group 42\n"
+    row = submitted(server, alice, image=HOSTILE, script="cat /e/file; id -G", volumes=[f"{shadowy}:/e:ro"])
+    assert "for group 42" not in output(server, row)
+    assert "42" not in output(server, row).split()
+
+
+def test_further_groups_are_not_remapped_either(lab: Engine, server: Server, alice: Account, evil: Callable[..., str],
+                                                shadowy: Path) -> None:  # fmt: skip
+    gid = next(group for group in os.getgrouplist(alice.name, alice.gid) if group != alice.gid)
+    image = evil("groups", Evil(files={"etc/group": f"{gid}:x:42:\n"}))
+    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--group-add", str(gid), "--volume",
+                      f"{shadowy}:/e", image=image, command=("cat", "/e/file"))  # fmt: skip
+    assert done.out == b"for group 42\n"
+    row = submitted(server, alice, image=image, script="id -G; cat /e/file", volumes=[f"{shadowy}:/e:ro"])
+    if row["state"] == "failed" and row["reason"] == "isolation":
+        assert row["message"].startswith("its program never ran"), row
+    assert "for group 42" not in output(server, row)
+    assert "42" not in output(server, row).split()
+
+
+def test_a_health_check_of_the_job_runs_as_the_job_and_not_with_root_as_its_group(
+    lab: Engine, server: Server, alice: Account, volume: Path
+) -> None:
+    made = lab.docker("run", "--detach", "--user", str(alice.uid), HOSTILE, "sleep", "30").strip()
+    try:
+        assert lab.docker("exec", "--user", str(alice.uid), made, "id", "-g") == "0\n"
+    finally:
+        lab.docker("rm", "--force", "--volumes", made)
+    HOSTILE_MARK.unlink(missing_ok=True)
+    row = submitted(
+        server, alice, image=HOSTILE, volumes=[f"{volume}:/v"],
+        script="for i in $$(seq 100); do [ -s /v/check ] && exit 0; sleep 0.1; done; exit 1",
+        healthcheck={"test": "(id -u; id -G) > /v/new; mv /v/new /v/check", "interval": "1s"},
+    )  # fmt: skip
+    assert row["state"] == "succeeded", row
+    uid, *groups = (volume / "check").read_text().split()
+    assert uid == str(alice.uid)
+    assert "42" not in groups
+    assert "0" not in groups
+
+
+# -- links -----------------------------------------------------------------------------------------------------
+
+LINKED = {
+    "a volume's target": {"data": "/e/planted"},
+    "the Engine's own files": {"etc/hosts": "/e/planted"},
+    "our own files": {"etc/passwd": "/e/planted"},
+}
+
+
+@pytest.mark.parametrize("what", LINKED)
+def test_a_link_of_an_image_makes_nothing_in_a_directory_of_roots(
+    lab: Engine, server: Server, alice: Account, evil: Callable[..., str], roots: Path, volume: Path, what: str
+) -> None:
+    """The runtime makes mount points as root, also where a link of the image leads into a volume."""
+    image = evil(re.sub(r"\W+", "-", what.lower()), Evil(links=LINKED[what]))
+    mounts = ("--volume", f"{roots}:/e", "--volume", f"{volume}:/data")
+    if "passwd" in str(LINKED[what]):
+        (volume / "passwd").touch()
+        mounts += ("--volume", f"{volume}/passwd:/etc/passwd")
+    done = undefended(lab, *mounts, "--user", f"{alice.uid}:{alice.gid}", image=image)
+    planted = roots / "planted"
+    assert planted.exists(), done
+    planted.rmdir() if planted.is_dir() else planted.unlink()
+    row = submitted(server, alice, image=image, script="true", volumes=[f"{roots}:/e", f"{volume}:/data"])
+    assert (row["state"], row["started_at"]) == ("failed", None)
+    assert "read-only file system" in row["message"]
+    assert not planted.exists()
+
+
+def test_a_link_of_an_image_leads_no_volume_over_the_init(
+    lab: Engine, server: Server, alice: Account, evil: Callable[..., str], volume: Path, ground: Place
+) -> None:
+    """Where the init lies cannot be known before: a link to it cannot be in an image."""
+    image = evil("init", Evil(links={"data": "/.gpujobs"}))
+    (volume / "init").write_text("#!/bin/sh\necho not the init\n")
+    (volume / "init").chmod(0o755)
+    done = undefended(lab, "--volume", f"{ground.path}:/.gpujobs:ro", "--volume", f"{volume}:/data", "--entrypoint",
+                      "/.gpujobs/init", image=image)  # fmt: skip
+    assert done.out == b"not the init\n", done
+    row = submitted(server, alice, image=image, script="echo the program", volumes=[f"{volume}:/data"])
+    assert (row["state"], output(server, row)) == ("succeeded", "the program\n")
+
+
+def test_a_working_directory_of_an_image_makes_nothing_in_a_directory_of_roots(
+    lab: Engine, server: Server, alice: Account, evil: Callable[..., str], roots: Path
+) -> None:
+    image = evil("workdir", Evil(changes=("WORKDIR /e/planted",)))
+    undefended(lab, "--volume", f"{roots}:/e", "--user", f"{alice.uid}:{alice.gid}", image=image)
+    (roots / "planted").rmdir()
+    done = server.run(user=alice, image=image, script="true", volumes=[f"{roots}:/e"])
+    assert done.code == 1
+    assert "permission denied for gjlab1" in done.words
+    assert not (roots / "planted").exists()
+
+
+def test_a_program_of_an_image_called_like_ours_is_not_run_instead(
+    lab: Engine, server: Server, alice: Account, evil: Callable[..., str]
+) -> None:
+    image = evil("entrypoint", Evil(changes=('ENTRYPOINT ["/bin/echo", "instead"]',)))
+    assert undefended(lab, image=image).out == b"instead true\n"
+    row = submitted(server, alice, image=image, command=["id", "-u"], entrypoint=[])
+    assert output(server, row) == f"{alice.uid}\n"
+    found = inspect(lab, row["container"]["id"])["Config"]["Entrypoint"]
+    assert found[0].startswith("/.gpujobs-")
+

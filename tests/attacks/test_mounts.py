@@ -1,0 +1,283 @@
+"""Volumes: what a shell would give the same account, and no more; paths of others, of root, of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.attacks.tools import output, shell, submitted, undefended
+from tests.e2e.harness import Place, Server, inspect, spec
+from tests.lab.accounts import Account
+from tests.lab.engine import Engine
+
+Where = Callable[[], str]
+
+
+@pytest.fixture
+def bobs(place: Place, bob: Account) -> Path:
+    """A directory that anybody might enter, were it not in one of bob's that is his alone."""
+    private = place.volume(bob, "bobs")
+    (private / "below").mkdir()
+    (private / "below").chmod(0o777)
+    (private / "below/letter").write_text("bob's letter\n")
+    return private / "below"
+
+
+def refused(server: Server, alice: Account, source: object, *words: str) -> None:
+    """A job with that volume never runs, and its end says why."""
+    done = server.run(user=alice, script="ls /v; cat /v/*", volumes=[f"{source}:/v:ro"])
+    assert (done.code, done.out) == (1, b""), done
+    assert str(source) in done.words
+    assert any(word in done.words for word in words), done.words
+    assert server.jobs()[-1]["started_at"] is None
+
+
+def test_a_directory_below_another_accounts_private_one_is_no_volume(
+    lab: Engine, server: Server, alice: Account, bobs: Path
+) -> None:
+    """Docker resolves a source as root, who need not pass through a door."""
+    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{bobs}:/v", command=("cat", "/v/letter"))
+    assert done.out == b"bob's letter\n"
+    refused(server, alice, bobs, "permission denied for gjlab1")
+
+
+def test_a_file_of_roots_is_no_volume(lab: Engine, server: Server, alice: Account, roots: Path) -> None:
+    done = undefended(lab, "--volume", f"{roots}/secret:/v", command=("cat", "/v"))
+    assert done.out == b"root's secret\n"
+    refused(server, alice, roots / "secret", "permission denied for gjlab1")
+
+
+def test_a_link_to_what_an_account_cannot_open_is_no_volume(
+    lab: Engine, server: Server, alice: Account, bobs: Path, volume: Path
+) -> None:
+    link = volume / "link"
+    link.symlink_to(bobs)
+    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{link}:/v", command=("cat", "/v/letter"))
+    assert done.out == b"bob's letter\n"
+    refused(server, alice, link, "permission denied for gjlab1")
+
+
+def test_a_link_that_is_swapped_while_jobs_are_made_leads_nowhere_else(
+    lab: Engine, server: Server, alice: Account, bobs: Path, volume: Path
+) -> None:
+    """Whatever it shows at the instant: what was opened as alice is what is mounted."""
+    mine, link, over = volume / "mine", volume / "swapped", threading.Event()
+    mine.mkdir()
+    (mine / "letter").write_text("alice's own\n")
+    link.symlink_to(bobs)
+    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{link}:/v", command=("cat", "/v/letter"))
+    assert done.out == b"bob's letter\n"
+
+    def swap() -> None:
+        number = 0
+        while not over.wait(0.001):
+            new, number = volume / "new", number + 1
+            new.symlink_to(mine if number % 2 else bobs)
+            new.replace(link)
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    try:
+        jobs = [server.submit(user=alice, script="cat /v/letter", volumes=[f"{link}:/v:ro"]) for _ in range(6)]
+        rows = [server.ended(job) for job in jobs]
+    finally:
+        over.set()
+        swapping.join()
+    for row in rows:
+        told = output(server, row) if row["started_at"] else ""
+        assert told in ("", "alice's own\n"), row
+
+
+@pytest.mark.parametrize(
+    ("source", "shows", "words"),
+    [
+        ("/dev", "null", "the kernel's own"),
+        ("/proc/{pid}", "environ", "the kernel's own"),
+        ("/proc/{pid}/root/etc", "passwd", "permission denied"),
+        ("/sys", "kernel", "the kernel's own"),
+        ("{state}", "state.sqlite", "permission denied"),
+        ("/run/gpujobs/pins", ".", "permission denied"),
+        ("{socket}", "", "socket"),
+        ("{engine}", "", "socket"),
+        ("{data}", "containers", "permission denied"),
+    ],
+)
+def test_what_is_the_kernels_or_the_servers_is_no_volume(
+    lab: Engine, server: Server, alice: Account, source: str, shows: str, words: str
+) -> None:
+    root = json.loads(lab.docker("info", "--format", "{{json .DockerRootDir}}"))
+    path = source.format(pid=server.pid, state=server.state, socket=server.socket, data=root,
+                         engine=lab.host.removeprefix("unix://"))  # fmt: skip
+    done = undefended(lab, "--volume", f"{path}:/v", command=("ls", "-d", f"/v/{shows}" if shows else "/v"))
+    assert done.code == 0, done
+    refused(server, alice, path, words, "belongs to the server itself")
+
+
+def test_a_volume_within_a_volume_makes_nothing_in_a_directory_of_roots(
+    lab: Engine, server: Server, alice: Account, roots: Path, volume: Path
+) -> None:
+    """The runtime makes a missing mount point as root, in the directory of the host that is mounted there."""
+    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{roots}:/e", "--volume",
+                      f"{volume}:/e/planted")  # fmt: skip
+    assert done.code == 0, done
+    assert (roots / "planted").stat().st_uid == 0
+    (roots / "planted").rmdir()
+    done = server.run(user=alice, script="true", volumes=[f"{roots}:/e", f"{volume}:/e/planted"])
+    assert done.code == 1
+    assert "permission denied for gjlab1" in done.words
+    assert not (roots / "planted").exists()
+
+
+def test_a_working_directory_makes_nothing_in_a_directory_of_roots(
+    lab: Engine, server: Server, alice: Account, roots: Path
+) -> None:
+    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{roots}:/e", "--workdir", "/e/planted")
+    assert done.code == 0, done
+    assert (roots / "planted").stat().st_uid == 0
+    (roots / "planted").rmdir()
+    done = server.run(user=alice, script="true", volumes=[f"{roots}:/e"], working_dir="/e/planted")
+    assert done.code == 1
+    assert "permission denied for gjlab1" in done.words
+    assert not (roots / "planted").exists()
+
+
+def test_mount_points_and_working_directories_in_ones_own_volume_are_ones_own(
+    lab: Engine, server: Server, alice: Account, volume: Path
+) -> None:
+    row = submitted(server, alice, script="touch here; pwd", volumes=[f"{volume}:/w", f"{volume}:/w/in"],
+                    working_dir="/w/new/place")  # fmt: skip
+    assert (row["state"], output(server, row)) == ("succeeded", "/w/new/place\n")
+    owners = {path.stat().st_uid for path in volume.rglob("*")}
+    assert owners == {alice.uid}
+    assert (volume / "in").is_dir()
+    assert (volume / "new/place/here").exists()
+
+
+def test_a_mount_point_made_by_race_in_a_directory_of_roots_is_not_made(
+    lab: Engine, server: Server, alice: Account, roots: Path, volume: Path
+) -> None:
+    """A link in the volume, put there after the server has looked, leads the runtime into the other volume."""
+    (volume / "in").symlink_to("/e/planted")
+    done = undefended(lab, "--volume", f"{roots}:/e", "--volume", f"{volume}:/a", "--volume", f"{volume}:/a/in")
+    assert (roots / "planted").exists(), done
+    (roots / "planted").rmdir()
+    row = submitted(server, alice, script="true", volumes=[f"{roots}:/e", f"{volume}:/a", f"{volume}:/a/in"])
+    assert (row["state"], row["started_at"]) == ("failed", None), row
+    assert not (roots / "planted").exists()
+
+
+@pytest.fixture
+def named(lab: Engine) -> Iterator[str]:
+    """A named volume that is a directory of root's: driver options of Docker's own driver make one."""
+    name = "gpujobs-attack-options"
+    lab.docker("volume", "create", "--opt", "type=none", "--opt", "o=bind", "--opt", "device=/root", name)
+    yield name
+    lab.docker("volume", "rm", name)
+
+
+def test_a_named_volume_is_a_directory_of_ones_own_whatever_the_engine_has_of_that_name(
+    lab: Engine, server: Server, alice: Account, named: str
+) -> None:
+    done = undefended(lab, "--volume", f"{named}:/v", command=("ls", "-a", "/v"))
+    assert b"." in done.out.split()
+    assert done.code == 0, done
+    inside = subprocess.run(["ls", "-a", "/root"], capture_output=True, check=True).stdout.split()
+    assert done.out.split() == inside
+    row = submitted(server, alice, script="ls -A /v; touch /v/mine", volumes=[f"{named}:/v"])
+    assert row["state"] == "succeeded", row
+    assert output(server, row) == ""
+    mounts = inspect(lab, row["container"]["id"])["Mounts"]
+    assert not [mount for mount in mounts if mount["Type"] == "volume"]
+    assert not Path("/root/mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("volume_of", "words"),
+    [
+        ("../x:/v", ""),
+        ("a/../../b:/v", "neither a path nor a volume's name"),
+        ("a..b/../..:/v", "neither a path nor a volume's name"),
+        ({"type": "volume", "source": "../../etc", "target": "/v"}, "neither a path nor a volume's name"),
+        ({"type": "volume", "source": "x", "target": "/v", "volume": {"driver_opts": {"device": "/root"}}},
+         "driver options are not allowed"),
+        ({"type": "volume", "source": "x", "target": "/v", "external": True}, "volumes of others cannot be used"),
+        ({"type": "volume", "source": "x", "target": "/v", "volume": {"subpath": "../.."}}, "not supported"),
+        ({"type": "bind", "source": "/root", "target": "/v", "bind": {"create_host_path": True}}, "never created"),
+        ({"type": "bind", "source": "/", "target": "/v", "bind": {"propagation": "rshared"}}, "cannot be chosen"),
+        ({"type": "npipe", "source": "/root", "target": "/v"}, "type"),
+        ({"type": "tmpfs", "target": "/v", "tmpfs": {"size": "1g", "mode": 0o4777}}, "owner owns the tmpfs"),
+        ("/etc:/v:ro,rshared", "propagation"),
+        ("/etc:/v:z", "SELinux"),
+    ],
+)  # fmt: skip
+def test_ways_of_mounting_that_go_round_the_pins_are_refused(
+    server: Server, alice: Account, volume_of: object, words: str
+) -> None:
+    """That Docker takes them is what ``test_a_named_volume…`` and the first tests here show."""
+    done = server.run(user=alice, script="ls /v", volumes=[volume_of])
+    if volume_of == "../x:/v":  # a path of the client's machine, relative to the file: opened as alice, not there
+        assert done.code == 1
+        assert "no such directory" in done.words
+        return
+    assert (done.code, done.out) == (2, b"")
+    assert words in done.words, done.words
+
+
+TARGETS = ("/dev", "/dev/nvidia7", "/proc/self", "/sys", "/", "/etc/passwd", "/etc/group", "/.gpujobs",
+           "/.gpujobs-0123456789abcdef/job", "/etc/../etc/passwd", "//dev", "/x/../proc", "/dev/shm/x",
+           "/var/run/nvidia-container-devices/all", "/run/nvidia-container-devices/0",
+           "/run/../run/nvidia-container-devices/GPU-x")  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_place_that_is_the_kernels_the_runtimes_or_the_inits_is_no_target(
+    server: Server, alice: Account, volume: Path, target: str
+) -> None:
+    for kind in ("bind", "tmpfs"):
+        entry = {"type": kind, "target": target, **({"source": str(volume)} if kind == "bind" else {})}
+        done = server.run(user=alice, script="true", volumes=[entry])
+        assert done.code == 2, done
+        assert "mounted" in done.words
+
+
+def test_a_target_that_the_runtime_takes_for_a_request_gives_gpus_to_who_may_name_it(
+    lab: Engine, server: Server, alice: Account, volume: Path
+) -> None:
+    with lab.toolkit("accept-nvidia-visible-devices-as-volume-mounts = true"):
+        done = undefended(
+            lab, "--runtime", "nvidia", "--env", "NVIDIA_VISIBLE_DEVICES=void", "--volume",
+            "/dev/null:/var/run/nvidia-container-devices/all", command=shell("ls /dev | grep -c '^nvidia[0-9]'"),
+        )  # fmt: skip
+        assert done.out == b"8\n", done
+        row = submitted(server, alice, gpus=1, script="ls /dev | grep -c '^nvidia[0-9]'")
+        assert output(server, row) == "1\n"
+
+
+def test_options_of_a_tmpfs_cannot_be_smuggled_in_through_its_target(
+    lab: Engine, server: Server, alice: Account
+) -> None:
+    done = undefended(lab, "--tmpfs", "/t:exec,suid,dev,uid=0,mode=4777", command=shell("grep ' /t ' /proc/mounts"))
+    assert b"nosuid" not in done.out
+    assert done.code == 0, done
+    target = "/t:exec,suid,dev,uid=0,mode=4777"
+    row = submitted(server, alice, script="grep ' /t' /proc/mounts; touch /t*/x",
+                    volumes=[{"type": "tmpfs", "target": target, "tmpfs": {"size": "1m"}}])  # fmt: skip
+    if row["state"] == "failed":
+        assert row["started_at"] is None or row["exit_code"] != 0
+        return
+    options = output(server, row).split()[3].split(",")
+    assert {"nosuid", "nodev"} <= set(options)
+
+
+def test_a_job_file_of_many_volumes_is_answered(server: Server, alice: Account, volume: Path) -> None:
+    text = spec(script="true", volumes=[f"{volume}:/v{number}" for number in range(5000)])
+    done = server.cli("submit", "-q", "-", user=alice, stdin=text)
+    assert done.code in (2, 3), done
+    assert b"Traceback" not in done.err

@@ -1,0 +1,130 @@
+"""The network: jobs of different accounts, containers by hand, ports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.attacks.tools import output, shell, submitted, undefended
+from tests.e2e.harness import BUSYBOX, Place, Server, inspect, wait_for
+from tests.lab.accounts import Account
+from tests.lab.engine import Engine
+
+LISTEN = "while true; do echo from a stranger | nc -l -p 5000; done"
+ASK = "nc -w 2 {address} 5000 < /dev/null"
+
+
+def address_of(lab: Engine, container: str) -> str:
+    (network,) = inspect(lab, container)["NetworkSettings"]["Networks"].values()
+    return str(network["IPAddress"])
+
+
+@pytest.fixture(scope="module")
+def bobs_service(server: Server, lab: Engine, bob: Account) -> Iterator[str]:
+    """The address of a job of bob's that listens."""
+    job = server.submit(user=bob, script=LISTEN)
+    row = server.until(job, "running")
+    yield address_of(lab, row["container"]["id"])
+    assert server.cli("cancel", job, user=bob).code == 0
+    server.ended(job)
+
+
+@pytest.fixture(scope="module")
+def by_hand(lab: Engine) -> Iterator[str]:
+    """The address of a container on the Engine's default network, made without gpujobs, that listens."""
+    made = lab.docker("run", "--detach", BUSYBOX, *shell(LISTEN)).strip()
+    yield address_of(lab, made)
+    lab.docker("rm", "--force", made)
+
+
+def test_containers_on_the_default_network_reach_each_other(lab: Engine, by_hand: str) -> None:
+    """What jobs would be on without a network of their own."""
+    done = undefended(lab, command=shell(ASK.format(address=by_hand)))
+    assert done.out == b"from a stranger\n"
+
+
+@pytest.fixture(scope="module")
+def alices_look(server: Server, alice: Account, by_hand: str, bobs_service: str) -> list[str]:
+    """What a job of alice's hears from a job of bob's and from a container by hand."""
+    script = f"{ASK.format(address=bobs_service)}; echo $$?; {ASK.format(address=by_hand)}; echo $$?; ip -6 address"
+    row = submitted(server, alice, script=script)
+    return output(server, row).splitlines()
+
+
+def test_a_job_does_not_reach_another_accounts_job(
+    lab: Engine, alices_look: list[str], bobs_service: str, server: Server
+) -> None:
+    assert "from a stranger" not in alices_look
+    assert alices_look[0] == "1"
+
+
+def test_a_job_does_not_reach_containers_of_other_networks(alices_look: list[str]) -> None:
+    assert alices_look[1] == "1"
+
+
+def test_a_job_has_no_address_of_the_other_protocol_that_no_rule_is_about(alices_look: list[str]) -> None:
+    assert not [line for line in alices_look[2:] if "fe80" in line]
+
+
+def test_a_container_by_hand_does_not_reach_a_job(lab: Engine, bobs_service: str) -> None:
+    done = undefended(lab, command=shell(ASK.format(address=bobs_service)))
+    assert done.out == b""
+    assert done.code == 1
+
+
+def test_the_network_of_jobs_lets_nobody_talk(lab: Engine, bobs_service: str) -> None:
+    (found,) = json.loads(lab.docker("network", "inspect", "gpujobs"))
+    assert found["Options"] == {"com.docker.network.bridge.enable_icc": "false"}
+
+
+@contextlib.contextmanager
+def published(server: Server, user: Account, port: object) -> Iterator[str]:
+    job = server.submit(user=user, script=LISTEN, ports=[port])
+    try:
+        yield server.until(job, "running")["container"]["id"]
+    finally:
+        assert server.cli("cancel", job, user=user).code == 0
+        server.ended(job)
+
+
+def test_a_port_is_on_loopback_unless_it_is_said_otherwise(
+    lab: Engine, server: Server, alice: Account
+) -> None:
+    made = lab.docker("run", "--detach", "--publish", "5000", BUSYBOX, "sleep", "60").strip()
+    try:
+        bindings = inspect(lab, made)["NetworkSettings"]["Ports"]["5000/tcp"]
+        assert "0.0.0.0" in {binding["HostIp"] for binding in bindings}
+    finally:
+        lab.docker("rm", "--force", made)
+    with published(server, alice, "5000") as container:
+        bindings = inspect(lab, container)["NetworkSettings"]["Ports"]["5000/tcp"]
+        assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
+
+
+@pytest.fixture
+def look_alike(lab: Engine, server: Server, alice: Account) -> Iterator[None]:
+    """A network of our network's name on which containers reach each other."""
+    kept: Callable[[], str] = lambda: lab.docker("network", "rm", "gpujobs")  # noqa: E731
+    wait_for(lambda: not json.loads(lab.docker("network", "inspect", "gpujobs"))[0]["Containers"], "nobody is on it")
+    kept()
+    lab.docker("network", "create", "gpujobs")
+    yield
+    lab.docker("network", "rm", "gpujobs")
+
+
+def test_a_network_of_our_name_on_which_containers_reach_each_other_is_not_used(
+    look_alike: None, server: Server, alice: Account
+) -> None:
+    done = server.run(user=alice, script="true")
+    assert done.code == 1
+    assert "on the network gpujobs containers reach each other" in done.words
+
+
+def test_a_network_that_somebody_pruned_is_made_again(server: Server, alice: Account, lab: Engine) -> None:
+    assert submitted(server, alice, script="true")["state"] == "succeeded"
+    (found,) = json.loads(lab.docker("network", "inspect", "gpujobs"))
+    assert found["Options"] == {"com.docker.network.bridge.enable_icc": "false"}

@@ -1,0 +1,156 @@
+"""Hostile names, labels, values, commands and outputs: no shell, path, statement or terminal acts on them."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.attacks.tools import output, submitted
+from tests.e2e.harness import Place, Row, Server, inspect, spec
+from tests.lab.accounts import Account
+from tests.lab.engine import Engine
+
+OSC = "\x1b]0;owned\x07"
+CLEAR = "\x1b[2J\x1b[1;1H"
+BIDI = "\u202egpj.exe\u202c"
+C1 = "\x9b31mred"
+HIDDEN = "a\u200bb\U000e0041"
+SHELL = "$(touch {mark}); `touch {mark}`; touch {mark} | '; touch {mark}; \" && touch {mark} #\n touch {mark}"
+SQL = "'; DROP TABLE jobs; -- \"); DELETE FROM attempts; /*"
+ACTIVE = ("\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\U000e0041", "\r")
+
+
+@pytest.fixture
+def mark(place: Place) -> Path:
+    place.path.chmod(0o777)
+    return place.path / "mark"
+
+
+@pytest.fixture
+def hostile(server: Server, alice: Account, mark: Path) -> Row:
+    """A job with something hostile in each place that takes any text."""
+    told = SHELL.format(mark=mark)
+    return submitted(
+        server, alice, entrypoint=["/bin/echo"], command=[OSC, CLEAR, BIDI, C1, HIDDEN, told, SQL, "$$HOME"],
+        environment={"TOLD": told, "SQL": SQL, "OSC": OSC}, labels={"a": OSC + told, "b": SQL, "c": BIDI},
+    )  # fmt: skip
+
+
+def test_a_shell_acts_on_such_a_text(mark: Path) -> None:
+    """Where a text is put into a shell's line, it does what it says."""
+    subprocess.run(["sh", "-c", f"echo {SHELL.format(mark=mark)}"], capture_output=True, check=False)
+    assert mark.exists()
+
+
+def test_no_shell_sees_the_words_of_a_job(server: Server, hostile: Row, mark: Path, lab: Engine) -> None:
+    assert hostile["state"] == "succeeded", hostile
+    assert not mark.exists()
+    found = inspect(lab, hostile["container"]["id"])
+    assert found["Config"]["Cmd"][1:7] == [OSC, CLEAR, BIDI, C1, HIDDEN, SHELL.format(mark=mark)]
+    assert found["Config"]["Labels"]["b"] == SQL
+    assert "$HOME" in output(server, hostile)
+
+
+def test_a_database_acts_on_such_a_text(place: Place) -> None:
+    with closing(sqlite3.connect(place.path / "x")) as database:
+        database.executescript("CREATE TABLE jobs (name TEXT)")
+        database.executescript(f"INSERT INTO jobs VALUES ('{SQL.partition(' -- ')[0]}')".replace("('';", "('');")[:-2])
+        assert not database.execute("SELECT name FROM sqlite_master WHERE name = 'jobs'").fetchall()
+
+
+def test_the_ledger_keeps_such_a_text_as_it_is(server: Server, hostile: Row) -> None:
+    row = server.job(str(hostile["id"]))
+    assert dict(row["spec"]["labels"])["b"] == SQL
+    assert dict(row["spec"]["environment"])["SQL"] == SQL
+    with closing(sqlite3.connect(f"file:{server.state}/state.sqlite?mode=ro", uri=True)) as ledger:
+        assert ledger.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert len(server.jobs()) >= 1
+
+
+@pytest.mark.parametrize("command", [("ps", "--all"), ("show", "{id}"), ("gpus",)])
+def test_nothing_in_a_table_acts_on_a_terminal(
+    server: Server, bob: Account, hostile: Row, command: tuple[str, ...]
+) -> None:
+    raw = server.get(f"/jobs/{hostile['id']}")
+    assert OSC in raw["jobs"][0]["spec"]["command"][0], "the API gives it as it is"
+    done = server.cli(*(word.format(id=hostile["id"]) for word in command))
+    assert done.code == 0, done
+    told = done.out.decode() + done.words
+    assert not [char for char in ACTIVE if char in told]
+    if command[0] == "show":
+        assert r"\x1b]0;owned\x07" in told
+
+
+def test_lines_behind_a_prefix_are_shown_and_not_obeyed(server: Server, alice: Account) -> None:
+    script = r"printf '\033]0;owned\007\302\233\342\200\256evil\r{{ a }}\n'"
+    job = server.submit(user=alice, script=script, matrix={"a": [1, 2]})
+    done = server.cli("logs", "-f", job, user=alice)
+    assert done.code == 0, done
+    lines = done.out.decode().splitlines()
+    assert len(lines) == 2, done
+    assert not [char for char in ACTIVE if char in done.out.decode()]
+    assert all(line.startswith(f"{job}_") for line in lines)
+
+
+def test_ones_own_log_is_byte_for_byte(server: Server, alice: Account) -> None:
+    row = submitted(server, alice, script=r"printf '\033[31mred\033[0m\n'")
+    assert server.cli("logs", str(row["id"]), user=alice).out == b"\x1b[31mred\x1b[0m\n"
+
+
+MISTAKES = {
+    "a name": {"name": f"a{OSC}"}, "a key": {f"ima{OSC}ge": "x"}, "an image": {"image": f"busybox{CLEAR}"},
+    "a variable": {"environment": {f"A{OSC}": "b"}}, "a label": {"labels": {f"{BIDI} x": "y"}},
+    "a volume": {"volumes": [f"/nowhere{OSC}:/dev{C1}"]}, "a signal": {"stop_signal": OSC},
+    "a model": {"gpus": {"count": 1, "model": [f"A100{OSC}\n"]}},
+    "a size": {"mem_limit": f"1{HIDDEN}g"}, "a name with a line": {"name": "a\nb"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place_of", MISTAKES)
+def test_a_mistake_is_told_without_obeying_it(server: Server, alice: Account, place_of: str) -> None:
+    done = server.run(user=alice, script="true", **{"image": "nobody/has:this", **MISTAKES[place_of]})
+    assert done.code in (1, 2, 3), done
+    told = (done.out + done.err).decode()
+    assert not [char for char in ACTIVE if char in told]
+
+
+def test_a_path_of_hostile_name_is_told_without_obeying_it(server: Server, alice: Account, place: Place) -> None:
+    directory = place.path / f"{CLEAR}{OSC}"
+    directory.mkdir(mode=0o700)
+    done = server.run(user=alice, script="true", volumes=[f"{directory}:/v"])
+    assert done.code == 1
+    assert not [char for char in ACTIVE if char in done.words]
+    assert r"\x1b" in done.words
+    assert not [char for char in ACTIVE if char in server.said], "the server's log neither"
+
+
+def test_a_file_of_hostile_name_is_told_without_obeying_it(server: Server, alice: Account, volume: Path) -> None:
+    file = volume / f"{OSC}.yaml"
+    file.write_bytes(spec(script="true", nonsense=1))
+    done = server.cli("submit", str(file), user=alice)
+    assert done.code == 2
+    assert not [char for char in ACTIVE if char in done.words]
+
+
+@pytest.fixture
+def process(alice: Account) -> Iterator[subprocess.Popen[bytes]]:
+    found = subprocess.Popen(["setpriv", f"--reuid={alice.uid}", f"--regid={alice.gid}", "--clear-groups", "sh", "-c",
+                              "exec -a x sleep 60"])  # fmt: skip
+    yield found
+    found.kill()
+    found.wait()
+
+
+def test_a_name_of_a_job_makes_no_path(server: Server, alice: Account) -> None:
+    assert os.path.normpath("/state/logs/../../etc") == "/etc"
+    for name in ("..", "../../x", "/etc", "a/b", "a\0b", "-x", "."):
+        done = server.cli("submit", "-", user=alice, stdin=spec(script="true", name=name))
+        assert (done.code, done.out) == (2, b""), name
+    row = submitted(server, alice, script="true", name="a..=+-_b")
+    assert row["container"]["name"].endswith(f"-{row['id']}-1")

@@ -1,0 +1,1 @@
+"""Ledgers of every schema version, checked in: each must open, migrate, and show its jobs."""
