@@ -7,7 +7,7 @@ All paths are below ``/v1``. Errors are ``{code, exit, message, hint, problems}`
     POST /v1/jobs                       Submission -> {"jobs": [{"id", "elements"}], "contexts", "notes"}
     PUT  /v1/jobs/ID/context/KEY        the tar file of one of the "contexts": [{"id", "key", "context", "dockerfile"}]
     POST /v1/plan                       Submission -> the plan of its first job, with "jobs" and "others"
-    GET  /v1/jobs?all=0|1&limit=N       {"jobs": [row]}
+    GET  /v1/jobs?all=0|1&limit=N       {"jobs": [row]}, and {"others": {state: count}} where they are only counted
     GET  /v1/jobs/ID                    {"jobs": [row + spec, container, attempts]}
     GET  /v1/jobs/ID/watch              rows as JSON lines, one at each change, until all have ended
     GET  /v1/jobs/ID/logs?follow=&tail=&since=&attempt=   frames of gpujobs.logwire

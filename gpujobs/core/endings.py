@@ -70,10 +70,11 @@ def ending_of(
         )
     if exit_code == 0 and released:
         return Ending(outcome="succeeded", reason="", message="")
-    if oom:
+    if oom:  # the kernel kills when the usage is at the limit: that is the peak
         return Ending(
             outcome="failed", reason="oom",
-            message=f"exit {exit_code}: killed: the {size(memory)} memory limit was reached",
+            message=f"exit {exit_code}: killed: the {size(memory)} memory limit was reached (peak {size(memory)}): "
+            "raise `mem_limit`, or hold less in memory at once",
         )  # fmt: skip
     if not released:
         message = f"its program never ran: its container ended before it was released (exit {exit_code})"

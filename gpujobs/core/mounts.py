@@ -180,12 +180,19 @@ def _options(value: object, key: str, kind: str | None) -> int | None:
     return amount
 
 
+VOLUMES_MAX = 256
+"""Of one job: each is opened and pinned before it starts."""
+
+
 def volumes(value: object, context: Context) -> tuple[RawVolume, ...]:
     """Mounts in Compose's short and long forms, sources made absolute; no target twice."""
     faults = Faults()
     result: list[RawVolume] = []
     seen: dict[str, int] = {}
-    for index, item in enumerate(_items(value, "volumes", "[~/data:/data:ro]")):
+    items = list(_items(value, "volumes", "[~/data:/data:ro]"))
+    if len(items) > VOLUMES_MAX:
+        raise wrong(f"{len(items):,} volumes are too many; at most {VOLUMES_MAX} are allowed")
+    for index, item in enumerate(items):
         read = _long if isinstance(item, Mapping) else _short
         volume = faults.run((index,), read, item, context)  # type: ignore[arg-type]
         if volume is None:

@@ -143,10 +143,14 @@ class Client:
 
     def jobs(self, *, everything: bool = False, limit: int | None = None) -> list[Row]:
         """The jobs that are to run or running; with ``everything`` those that ended too."""
+        return _rows(self.listing(everything=everything, limit=limit))
+
+    def listing(self, *, everything: bool = False, limit: int | None = None) -> Row:
+        """As :meth:`jobs`, with ``others`` where others' jobs are only counted: how many are in each state."""
         query = {"all": "1" if everything else "0"}
         if limit is not None:
             query["limit"] = str(limit)
-        return _rows(self._call("GET", "/jobs", query))
+        return self._call("GET", "/jobs", query)
 
     def job(self, job: str) -> list[Row]:
         """A job in full; of an array all elements by index."""

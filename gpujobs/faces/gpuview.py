@@ -154,6 +154,8 @@ def _who(gpu: Mapping[str, Any]) -> Cell:
 
 
 def _allocation(allocation: Mapping[str, Any], total: int | None) -> str:
+    if allocation.get("job") is None:  # others' jobs are only counted
+        return "a job of somebody else's"
     job, index = clean(allocation.get("job")), allocation.get("index")
     name = job if index is None or "_" in job else f"{job}_{index}"
     share = allocation.get("memory_bytes")

@@ -37,7 +37,7 @@ def ps(rows: Sequence[Mapping[str, Any]], now: float, width: int | None = None) 
         cells: list[Cell | str] = [
             Cell(clean(id_of(row)), "bold"),
             clean(row.get("name") or ""),
-            clean(row.get("owner")),
+            clean(row.get("owner") or GAP),
             Cell(state, STATE_STYLES.get(state, "")),
             held_gpus(row),
             duration(_time_in_state(row, now)),
@@ -109,7 +109,7 @@ def show(row: Mapping[str, Any], now: float) -> str:
     facts = [
         ("Job", clean(id_of(row))),
         ("Name", clean(row.get("name") or GAP)),
-        ("Owner", clean(row.get("owner"))),
+        ("Owner", clean(row.get("owner") or GAP)),
         ("State", clean(row.get("state"))),
         ("Why", _why(row)),
         ("Submitted", local_time(row.get("submitted_at"))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import http.client
@@ -307,7 +308,9 @@ class Transport:
             headers["Content-Type"] = "application/json"
             if len(payload) > wire.MAX_REQUEST_BYTES:
                 raise InvalidInput(f"the request is {len(payload)} bytes; at most {wire.MAX_REQUEST_BYTES} are taken")
-        connection.request(method, target, payload, headers)
+        # A server that refuses does not read to the end; its answer says why.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request(method, target, payload, headers)
         response = connection.getresponse()
         if response.status >= 400:
             raise self._error(response.status, response.read())

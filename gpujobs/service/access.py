@@ -70,8 +70,9 @@ class Directory:
         self._asking: dict[object, asyncio.Future[Any]] = {}
 
     def apply(self, settings: Settings) -> None:
-        """From now on these settings say who may do what."""
+        """From now on these settings say who may do what; accounts are looked up anew."""
         self._settings = settings
+        self._known.clear()
 
     # -- who asks ----------------------------------------------------------------------------------------------
 

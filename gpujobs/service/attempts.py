@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpujobs.core import job as jobs
 from gpujobs.core.container import (
+    INIT_REFUSED,
     Image,
     Mount,
     Order,
@@ -77,6 +78,14 @@ class Failed(Exception):
         self.ending = Ending(outcome="failed", reason=reason, message=message)
 
 
+class Again(Exception):
+    """Its container is of no use and its program never ran: another can take its place, ``ending`` is it otherwise."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.message)
+        self.ending = ending
+
+
 class StopAsked(Exception):
     """Somebody wants the attempt ended before its program ran."""
 
@@ -112,6 +121,8 @@ class Attempt:
         self._released = isinstance(state, jobs.Running) or getattr(state, "started_at", None) is not None
         if isinstance(state, jobs.Stopping):
             self.stop(state.reason, state.message)
+        self._fresh = False  # this process made the container, and the Engine was there ever since
+        self._useless = False  # its container is to be replaced
         self._gate = -1
         self._sealed: dict[str, Pin] = {}
         self._log: asyncio.Task[None] | None = None
@@ -133,6 +144,7 @@ class Attempt:
             ending, code = await self._through()
             if code is None:
                 await self._discard()
+            self._close_gate()
             self.started.set()
             fault("container-ended")
             await self._service.end(self.job_id, ending, code)
@@ -145,8 +157,7 @@ class Attempt:
             fault("log-closed")
         finally:
             self.started.set()
-            if self._gate >= 0:
-                os.close(self._gate)
+            self._close_gate()
         await self._service.tidy.attempt_gone(self.name, self._job.owner, self.job_id)
 
     async def _through(self) -> tuple[Ending, int | None]:
@@ -158,7 +169,15 @@ class Attempt:
         while True:
             try:
                 await self._start()
-                return await self._until_end()
+                if (end := await self._until_end()) is not None:
+                    return end
+            except Again as again:
+                logger.warning("%s: %s", self.name, again)
+                if failures == TRIES:
+                    return again.ending, None
+                self._useless = True
+                await self._rest(1.0)
+                failures += 1
             except Failed as failure:
                 return failure.ending, None
             except StopAsked:
@@ -166,6 +185,7 @@ class Attempt:
             except Gone:
                 return Ending(outcome="failed", reason="server", message=self._removed), None
             except EngineAway:
+                self._fresh = False
                 await self._service.engine_watch.returns(self.job_id)
             except (EngineError, Unavailable) as error:
                 logger.warning("%s: %s", self.name, error)
@@ -207,6 +227,8 @@ class Attempt:
         if self._released:
             await self._return_to()
             return
+        if self._useless:
+            await self._drop_container()
         image = await self._image()
         if self.allocation.gpus and (problem := needs_newer_driver(image, self._service.inventory)) is not None:
             raise Failed("image", problem)
@@ -231,6 +253,17 @@ class Attempt:
             raise StopAsked
         fault("running-committed")
         self._release()
+
+    async def _drop_container(self) -> None:
+        """Make room for another container: what the init wrote is stored, and the name is free."""
+        if self._log is not None:
+            await self._log
+            self._log = None
+        if self.container is not None:
+            await self._service.engine.remove(self.container)
+            self._service.by_container.pop(self.container, None)
+        self.container, self._useless = None, False
+        self.gone.clear()
 
     def _release(self) -> None:
         self._released = True
@@ -475,6 +508,7 @@ class Attempt:
         if self.container is None:
             try:
                 self.container = await engine.create(self.name, request)
+                self._fresh = True
             except Conflict:
                 self.container = await self._adopt(request)
             except EngineError as error:
@@ -496,6 +530,11 @@ class Attempt:
         await engine.remove(found["Id"])  # settings, groups or GPUs' neighbourhoods have changed since
         return await engine.create(self.name, request)
 
+    def _close_gate(self) -> None:
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
+
     def _open_gate(self) -> None:
         # Read-write, so that opening never blocks, and held until the end: what is written stays for the init.
         if self._gate < 0:
@@ -513,7 +552,10 @@ class Attempt:
             try:
                 await engine.start(self.container)
             except EngineError as error:
-                raise Failed("server", f"its container did not start: {error}") from error
+                failure = Failed("server", f"its container did not start: {error}")
+                # An Engine that was killed while it started one may have left a half of it behind, and then says
+                # "already exists" for ever.
+                raise failure if self._fresh else Again(failure.ending) from error
             fault("container-started")
             inspected = await engine.inspect(self.container)
         self.follow()
@@ -591,21 +633,26 @@ class Attempt:
 
     # -- until the end -----------------------------------------------------------------------------------------
 
-    async def _until_end(self) -> tuple[Ending, int]:
+    async def _until_end(self) -> tuple[Ending, int] | None:
+        """How it ended; None where it has not, and is yet to be let go."""
         assert self.container is not None
         stopper = asyncio.create_task(self._stop_when_asked(), name=f"stop {self.name}")
         try:
             state = await self._end_state()
         finally:
             stopper.cancel()
+        if state is None:
+            return None
         code = int(state["ExitCode"])
         ending = ending_of(
             code, oom=bool(state.get("OOMKilled")), memory=self.allocation.memory, released=self._released,
             stop=self._stop, engine_was_away=self.engine_was_away,
         )  # fmt: skip
+        if not self._released and self._stop is None and code != INIT_REFUSED:
+            raise Again(ending)  # its Engine has died, or somebody has ended it
         return ending, code
 
-    async def _end_state(self) -> dict[str, Any]:
+    async def _end_state(self) -> dict[str, Any] | None:
         """The Engine's account of the container, once it says that it has ended: events are hints."""
         assert self.container is not None
         while True:
@@ -614,6 +661,8 @@ class Attempt:
             state = (await self._service.engine.inspect(self.container))["State"]
             if not state["Running"]:
                 return dict(state)
+            if not self._released:
+                return None
 
     async def _stop_when_asked(self) -> None:
         await self._stopping.wait()

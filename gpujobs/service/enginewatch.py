@@ -85,7 +85,7 @@ class EngineWatch:
         attempt = None if job_id is None else self._service.attempts.get(job_id)
         if attempt is None:
             await self._strange_event(event)
-        elif event.action in ("die", "destroy"):
+        elif event.action in ("die", "destroy") and event.id == attempt.container:
             attempt.gone.set()
 
     async def _keep_lock(self) -> None:

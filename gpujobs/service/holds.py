@@ -7,6 +7,7 @@ whole accounts, never their jobs one by one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -46,6 +47,7 @@ class Holds:
         self._waiting: dict[int, dict[JobId, Shape]] = {}
         self._held: dict[int, str] = {}
         self._asking: set[int] = set()
+        self._again = asyncio.Event()
 
     def reason(self, job: Job) -> str:
         """Why a job's account is held, as a sentence; empty where it is not."""
@@ -85,6 +87,11 @@ class Holds:
             logger.info("the jobs of uid %d are held no longer", uid)
             self._changed(uid)
 
+    def look_again(self) -> None:
+        """Look at all held accounts now."""
+        self._again.set()
+        self._again = asyncio.Event()
+
     def look(self, uid: int) -> None:
         """Look at an account, unless that is under way; what comes of it is told."""
         if uid not in self._asking:
@@ -107,7 +114,9 @@ class Holds:
                     self._held.pop(uid, None)
                     return
                 self._changed(uid)
-                await asyncio.sleep(again)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(again):
+                        await self._again.wait()
         finally:
             self._asking.discard(uid)
             self._changed(uid)

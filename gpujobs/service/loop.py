@@ -21,10 +21,11 @@ from typing import Any
 
 from gpujobs.core import job as jobs
 from gpujobs.core.container import Image
+from gpujobs.core.cuda import needs_newer_driver
 from gpujobs.core.decide import Host, Policy, Start, Stop, View, check_possible, decide, next_deadline, shape_of
 from gpujobs.core.diagnose import command_hint, diagnose
 from gpujobs.core.endings import Ending
-from gpujobs.core.errors import Refused, Unavailable, UnknownId
+from gpujobs.core.errors import GpujobsError, Refused, Unavailable, UnknownId
 from gpujobs.core.explain import Explainer
 from gpujobs.core.inventory import Inventory
 from gpujobs.core.job import Allocation, Job, JobId, Owner
@@ -198,6 +199,7 @@ class Service:
         """Take other settings; returns the names of those whose change has to wait for a restart."""
         self.settings, waiting = after_reload(self.settings, wanted)
         self._settings_changed()
+        self.holds.look_again()
         self.tidy.settings_changed()
         self.wake()
         return waiting
@@ -526,6 +528,8 @@ class Service:
         }
         for shape in shapes:
             check_possible(shape, view)
+        images = {spec.image for _, _, specs in files for _, spec in specs if spec.gpus.count and spec.image}
+        await self._check_drivers(owner, images)
         fault("submission-received")
         now = self.clock.now()
         asked: list[tuple[int, list[tuple[str, str, str]]]] = []
@@ -574,6 +578,20 @@ class Service:
             if spec.runtime is not None and runtimes is None:
                 runtimes = await self.engine.runtimes()
             check_rules(spec, owner, rules, gids, runtimes or ())
+
+    async def _check_drivers(self, owner: Owner, references: set[str]) -> None:
+        """Refuse images that are here already and need a newer driver; of others it is told before their start.
+
+        Raises:
+            Refused: One does.
+        """
+        for reference in sorted(references):
+            try:
+                image = await self.images.local(reference, owner)
+            except (EngineError, GpujobsError):
+                continue  # whatever it is, the attempt says it in its own words
+            if (problem := needs_newer_driver(image, self.inventory)) is not None:
+                raise Refused(problem, hint="Use an image with an older CUDA, or ask for a newer driver.")
 
     async def context_came(self, number: int) -> None:
         """A build context of a submission is here: the jobs that waited for it take their places in the queue."""

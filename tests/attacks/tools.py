@@ -106,7 +106,7 @@ def entry(
 
 def submitted(server: Server, user: Account, **keys: Any) -> Row:
     """Submit a job as an account; its row when it and its log have ended."""
-    return server.ended(server.submit(user=user, **keys))
+    return server.ended(server.submit(user=user, **{"cpus": 0.1, **keys}))
 
 
 def output(server: Server, row: Row) -> str:
@@ -121,16 +121,23 @@ import socket, sys
 connection = socket.socket(socket.AF_UNIX)
 connection.settimeout(20)
 connection.connect(sys.argv[1])
-data = sys.stdin.buffer.read()
 try:
-    connection.sendall(data)
-    connection.shutdown(socket.SHUT_WR)
+    connection.sendall(sys.stdin.buffer.read())
 except OSError:
     pass
+connection.settimeout(1.5)  # after which a request that has no end is ended
 try:
-    while piece := connection.recv(65536):
+    while True:
+        try:
+            piece = connection.recv(65536)
+        except TimeoutError:
+            connection.settimeout(20)
+            connection.shutdown(socket.SHUT_WR)
+            continue
+        if not piece:
+            break
         sys.stdout.buffer.write(piece)
-except ConnectionResetError:
+except OSError:
     pass
 """
 

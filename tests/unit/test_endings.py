@@ -24,7 +24,8 @@ def test_exit_0_is_a_success_and_needs_no_words() -> None:
 
 def test_the_memory_limit_is_told_with_its_size() -> None:
     assert ended(137, oom=True) == Ending(
-        outcome="failed", reason="oom", message="exit 137: killed: the 8 GiB memory limit was reached"
+        outcome="failed", reason="oom", message="exit 137: killed: the 8 GiB memory limit was reached (peak 8 GiB): "
+        "raise `mem_limit`, or hold less in memory at once"
     )
 
 

@@ -142,11 +142,14 @@ def ps(
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="At most so many, the newest.")] = None,
 ) -> int:
     """List jobs: what runs where, what waits and why."""
-    rows = client().jobs(everything=everything, limit=limit)
+    answer = client().listing(everything=everything, limit=limit)
+    rows, others = list(answer.get("jobs") or []), answer.get("others")
     if json:
-        emit_json({"jobs": rows})
+        emit_json({"jobs": rows, **({} if others is None else {"others": others})})
     else:
         emit_grid(render.ps(rows, time.time(), terminal_width()))
+        if others:
+            tell("jobs of others: " + ", ".join(f"{clean(count)} {clean(state)}" for state, count in others.items()))
     return OK
 
 
