@@ -1,4 +1,4 @@
-"""Images and mounts that are not there, for tests of what uses them."""
+"""Images, mounts and accounts that are not there, for tests of what uses them."""
 
 from __future__ import annotations
 

@@ -130,6 +130,10 @@ class Machine(RuleBasedStateMachine):
         self.w.stick_pins(stuck=what == "stuck")
         self.w.fill_disk(full=what == "full")
 
+    @rule(user=st.integers(0, 4), how=st.sampled_from(["expires", "returns", "silent", "answers"]))
+    def accounts(self, user: int, how: str) -> None:
+        self.w.change_accounts(user, how)
+
     @rule()
     def all_is_well(self) -> None:
         self.w.heal()

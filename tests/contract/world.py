@@ -14,11 +14,12 @@ import sqlite3
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gpujobs.adapters.store import Ledger, Store
+from gpujobs.core.accounts import Account
 from gpujobs.core.decide import Host
 from gpujobs.core.errors import GpujobsError, Unavailable
 from gpujobs.core.inventory import Health, Process
@@ -26,6 +27,7 @@ from gpujobs.core.job import JobId, Owner
 from gpujobs.core.ports import EngineAway, EngineError, Paths
 from gpujobs.core.spec import GpuRequest, JobSpec, Volume
 from gpujobs.service import attempts, loop, tidy
+from gpujobs.service import rows as rows_of_api
 from gpujobs.service.access import Directory
 from gpujobs.service.loop import Service
 from gpujobs.settings import Settings
@@ -104,6 +106,27 @@ class MortalMounts(FakeMounts):
             await super().unpin(name)
 
 
+class Accounts(AnyAccounts):
+    """Accounts that expire, in a database that may not answer."""
+
+    silent = False
+
+    def by_uid(self, uid: int) -> Account:
+        self._check()
+        return super().by_uid(uid)
+
+    def group_names(self, owner: Owner) -> list[tuple[int, str]]:
+        self._check()
+        return super().group_names(owner)
+
+    def _check(self) -> None:
+        if self.silent:
+            raise Unavailable("the account database did not answer")
+
+    def expire(self, uid: int, *, expired: bool) -> None:
+        self.known[uid] = replace(self.known[uid], expired=expired)
+
+
 @dataclass
 class Submission:
     """What a client sent, and what it was told."""
@@ -145,6 +168,11 @@ class World:
         self.engine.latency = self._latency
         self.engine.on_signal = self._on_signal
         self.engine.on_start = self._on_start
+        self.people = [
+            Owner(uid=5001 + n, gid=5001 + n, groups=(5001 + n,), name=f"gjlab{n + 1}", home=f"/home/gjlab{n + 1}")
+            for n in range(5)
+        ]
+        self.accounts = Accounts({owner.uid: Account(owner=owner) for owner in self.people})
         self.logs: dict[tuple[JobId, int], MemoryLog] = {}
         self.pins: set[str] = set()
         self.there, self.registry = {"local"}, {"remote"}
@@ -175,7 +203,10 @@ class World:
             module.fault = self._fault  # type: ignore[attr-defined]
         self.paths = self._make_paths()
         self.boot()
-        self.ledger = sqlite3.connect(f"file:{self.paths.state}/state.sqlite?mode=ro", uri=True, isolation_level=None)
+        file = f"file:{self.paths.state}/state.sqlite?mode=ro"
+        self.ledger = sqlite3.connect(file, uri=True, isolation_level=None)
+        self.ledger_rows = sqlite3.connect(file, uri=True, isolation_level=None)
+        self.ledger_rows.row_factory = sqlite3.Row
 
     def _make_paths(self) -> Paths:
         state = self.directory / "state"
@@ -235,7 +266,7 @@ class World:
         self.dead = False
         self.service = Service(
             server_id=SERVER, settings=self.settings, paths=self.paths, store=store, engine=runner, images=images,
-            logs=MemoryLogs(self.logs), gpus=self.gpus, mounts=mounts, directory=Directory(None, AnyAccounts()),
+            logs=MemoryLogs(self.logs), gpus=self.gpus, mounts=mounts, directory=Directory(None, self.accounts),
             clock=self.clock, host=HOST, timezone="", still_alone=self._alone,
         )  # fmt: skip
         self._serving = self.loop.create_task(self._serve(self.service))
@@ -342,8 +373,7 @@ class World:
         if not self.open:
             return
         assert self.service is not None
-        name = f"gjlab{user + 1}"
-        owner = Owner(uid=5001 + user, gid=5001 + user, groups=(5001 + user,), name=name, home=f"/home/{name}")
+        owner = self.people[user]
         spec = JobSpec(
             name="job", image=image, command=("train", signal), gpus=GpuRequest(count=gpus, max_count=gpus),
             cpus=None if gpus else 1.0, mem_limit=None if gpus else GIB, time_limit=time_limit, stop_grace_period=5.0,
@@ -499,6 +529,12 @@ class World:
         self.full = full
         self._parts[3].full = full
 
+    def change_accounts(self, user: int, how: str) -> None:
+        if how in ("expires", "returns"):
+            self.accounts.expire(self.people[user].uid, expired=how == "expires")
+        else:
+            self.accounts.silent = how == "silent"
+
     def heal(self) -> None:
         """Everything is well again, and nobody else is on the machine."""
         self.armed = None
@@ -510,6 +546,9 @@ class World:
         self.hold_mount(held=False)
         self.stick_pins(stuck=False)
         self.fill_disk(full=False)
+        self.accounts.silent = False
+        for person in self.people:
+            self.accounts.expire(person.uid, expired=False)
         for container in list(self.engine.containers.values()):
             if container.made_by == "hand":
                 self.engine.remove(container)
@@ -591,13 +630,15 @@ class World:
         assert self.service is not None
         explainer = self.service.explainer()
         next_one = False
-        for job in (waiting[0], waiting[-1]):
-            if job.key not in self.service.view().queue.shapes:
+        for job_id in (waiting[0], waiting[-1]):
+            job = Ledger(self.ledger_rows).job(job_id)
+            assert job is not None
+            if job_id.key not in self.service.view().queue.shapes and not self.service.holds.reason(job):
                 continue  # its submission is not answered yet
-            why = explainer.why(job)
-            assert why.reason, f"{job} waits for no reason"
-            assert why.message, f"{job} waits without a sentence"
-            next_one = next_one or why.message == "it starts next"
+            told = rows_of_api.row(self.service, job, explainer)
+            assert told["reason"], f"{job_id} waits for no reason"
+            assert told["message"], f"{job_id} waits without a sentence"
+            next_one = next_one or told["message"] == "it starts next"
         if not next_one or self.full:
             self._idle_since = None
         elif self._idle_since is None:
@@ -702,6 +743,7 @@ class World:
             self.kill()
         self.engine.close()
         self.ledger.close()
+        self.ledger_rows.close()
         self.loop.close()
         for module in (loop, attempts, tidy):
             module.fault = FAULT  # type: ignore[attr-defined]

@@ -86,7 +86,7 @@ class Person:
         keys: dict[str, Any] = {"script": PROGRAM.replace("$DURATION", f"{chance.choice([0, 0.3, 1, 2, 4]):g}"),
                                 "volumes": [f"{self.volume}:/v"], "gpus": chance.choice([0, 1, 1, 1, 2, 4, 8])}  # fmt: skip
         if elements > 1:
-            keys["matrix"] = {"n": list(range(elements))}
+            keys |= {"matrix": {"n": list(range(elements))}, "environment": {"N": "{{ n }}"}}
         done = server.cli("submit", "--quiet", "-", user=self.account, stdin=spec(**keys))
         if done.code == 0:
             number = done.out.decode().strip()
