@@ -28,6 +28,12 @@ def clean(value: object) -> str:
     return "".join(c if c.isprintable() and c not in _INVISIBLE else _escaped(c) for c in text)
 
 
+def harmless(line: bytes) -> bytes:
+    """A line of a job's output that can do nothing to a terminal; tabs stay, and so does the look of CR LF."""
+    text = line.removesuffix(b"\r").decode(errors="backslashreplace")
+    return "\t".join(clean(part) for part in text.split("\t")).encode()
+
+
 def _escaped(char: str) -> str:
     code = ord(char)
     if code < 0x100:

@@ -97,9 +97,6 @@ class Layers:
             now = service.clock.now()
             if not due(self._measured.get(job_id), now, free, limit):
                 continue
-            if job_id not in self._measured:  # it began with nothing, and is not walked through while it is small
-                self._measured[job_id] = Measured(now, 0, free)
-                continue
             used = await service.engine.layer_bytes(container)
             self._measured[job_id] = Measured(now, used, free)
             if used > limit:

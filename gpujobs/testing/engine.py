@@ -127,6 +127,7 @@ class FakeEngine:
         latency: Seconds that a call waits before it takes effect, and again before it is answered.
         on_signal: With which code a released program ends at a signal; None where it goes on.
         on_start: Called when a container starts.
+        greeting: What a program writes when it begins.
         extra: Device numbers that every container is granted besides its own.
     """
 
@@ -137,6 +138,7 @@ class FakeEngine:
         self.on_signal: Callable[[FakeContainer, str], int | None] = lambda _, signal: {"SIGTERM": 143}.get(signal)
         self.on_start: Callable[[FakeContainer], None] = lambda _: None
         self.extra: frozenset[int] = frozenset()
+        self.greeting = b"begun\n"
         self.containers: dict[str, FakeContainer] = {}
         self.history: list[FakeContainer] = []
         self.events: list[EngineEvent] = []
@@ -198,7 +200,8 @@ class FakeEngine:
     def _release(self, container: FakeContainer) -> None:
         container.released = True
         container.runs += 1
-        self.write(container, b"begun\n")
+        if self.greeting:
+            self.write(container, self.greeting)
 
     def poll(self) -> None:
         """Let go the programs whose gates have been opened."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -130,12 +131,13 @@ def test_only_administrators_submit_for_others(server: Server, bob: Account, run
 def test_a_home_that_the_client_names_gives_nobody_elses_files(server: Server, alice: Account, bob: Account) -> None:
     (bob.home / "private").write_text("bob's\n")
     (bob.home / "private").chmod(0o600)
+    os.chown(bob.home / "private", bob.uid, bob.gid)
     text = spec(script="cat /v/private", volumes=["~:/v:ro"]).decode()
     body = {"files": [{"text": text, "file": "x", "directory": "/"}], "home": str(bob.home)}
     assert raw(server, bob, request("POST", "/v1/jobs", body)).status == 201
     job = str(server.jobs()[-1]["id"])
-    server.ended(job)
-    assert server.cli("logs", job).out == b"bob's\n"
+    row = server.ended(job)
+    assert server.cli("logs", job).out == b"bob's\n", row["message"]
     answer = raw(server, alice, request("POST", "/v1/jobs", body))
     assert answer.status == 201, answer
     row = server.ended(str(answer.body["jobs"][0]["id"]))

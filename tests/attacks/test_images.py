@@ -23,7 +23,7 @@ from tests.lab.images import HOSTILE_MARK
 VARIABLES = {
     "NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "all", "NVIDIA_MIG_CONFIG_DEVICES": "all",
     "NVIDIA_MIG_MONITOR_DEVICES": "all", "NVIDIA_IMEX_CHANNELS": "0", "NVIDIA_GDS": "enabled",
-    "NVIDIA_MOFED": "enabled", "NVIDIA_REQUIRE_CUDA": "cuda>=1", "NVIDIA_DISABLE_REQUIRE": "1",
+    "NVIDIA_MOFED": "enabled", "NVIDIA_REQUIRE_CUDA": "cuda>=11.0", "NVIDIA_DISABLE_REQUIRE": "1",
     "CUDA_MPS_PIPE_DIRECTORY": "/tmp/nvidia-mps", "LD_PRELOAD": "/evil.so", "LD_AUDIT": "/evil.so",
     "LD_LIBRARY_PATH": "/evil", "GLIBC_TUNABLES": "glibc.malloc.check=3", "GCONV_PATH": "/evil",
     "GPUJOBS_JOB_ID": "666", "GPUJOBS_CHECKPOINT_DIR": "/evil",
@@ -37,7 +37,7 @@ EVIL_ENV = " ".join(f"{name}={value}" for name, value in VARIABLES.items())
 @pytest.fixture(scope="module")
 def brought(evil: Callable[..., str]) -> str:
     return evil("variables", Evil(changes=(f"ENV {EVIL_ENV}", "LABEL gpujobs.server=forged", "LABEL gpujobs.nonce=forged",
-                                           "LABEL gpujobs.owner=0", "USER 0:0")))  # fmt: skip
+                                           "LABEL gpujobs.job=666", "USER 0:0")))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def plain_environment(lab: Engine, brought: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def jobs_row(server: Server, alice: Account, brought: str) -> Row:
     row = submitted(server, alice, image=brought, gpus=1, command=["env"])
-    assert row["state"] == "succeeded", row
+    assert row["state"] == "succeeded", row["message"]
     return row
 
 
@@ -114,7 +114,7 @@ def of_the_job(server: Server, alice: Account, lab: Engine) -> Iterator[Callable
 
     def environment(**keys: object) -> list[str]:
         row = submitted(server, alice, script="true", **keys)
-        assert row["state"] == "succeeded", row
+        assert row["state"] == "succeeded", row["message"]
         entries = inspect(lab, row["container"]["id"])["Config"]["Env"]
         return [entry for entry in entries if "=" in entry]  # one without takes the image's away
 
@@ -169,6 +169,7 @@ def test_labels_of_an_image_do_not_pass_for_ours(
         lab.docker("rm", made)
     labels = inspect(lab, jobs_row["container"]["id"])["Config"]["Labels"]
     assert (labels["gpujobs.server"], labels["gpujobs.owner"]) == (server_id, str(alice.uid))
+    assert labels["gpujobs.job"] == str(jobs_row["id"])
     assert labels["gpujobs.nonce"] != "forged"
 
 
@@ -285,7 +286,7 @@ def test_a_health_check_of_the_job_runs_as_the_job_and_not_with_root_as_its_grou
         script="for i in $$(seq 100); do [ -s /v/check ] && exit 0; sleep 0.1; done; exit 1",
         healthcheck={"test": "(id -u; id -G) > /v/new; mv /v/new /v/check", "interval": "1s"},
     )  # fmt: skip
-    assert row["state"] == "succeeded", row
+    assert row["state"] == "succeeded", row["message"]
     uid, *groups = (volume / "check").read_text().split()
     assert uid == str(alice.uid)
     assert "42" not in groups

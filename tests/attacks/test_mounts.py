@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -195,6 +194,9 @@ def test_a_named_volume_is_a_directory_of_ones_own_whatever_the_engine_has_of_th
     mounts = inspect(lab, row["container"]["id"])["Mounts"]
     assert not [mount for mount in mounts if mount["Type"] == "volume"]
     assert not Path("/root/mine").exists()
+    ours = alice.home / ".local/share/gpujobs/volumes" / named
+    assert (ours / "mine").stat().st_uid == alice.uid
+    shutil.rmtree(ours)
 
 
 @pytest.mark.parametrize(

@@ -103,34 +103,3 @@ def test_a_port_is_on_loopback_unless_it_is_said_otherwise(
     with published(server, alice, "5000") as container:
         bindings = inspect(lab, container)["NetworkSettings"]["Ports"]["5000/tcp"]
         assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
-
-
-@pytest.fixture
-def look_alike(lab: Engine, server: Server) -> Iterator[None]:
-    """A network of our network's name on which containers reach each other."""
-
-    def gone() -> bool:
-        try:
-            lab.docker("network", "rm", "gpujobs")
-        except LabError:
-            return False
-        return True
-
-    wait_for(gone, "nobody is on it")
-    lab.docker("network", "create", "gpujobs")
-    yield
-    lab.docker("network", "rm", "gpujobs")
-
-
-def test_a_network_of_our_name_on_which_containers_reach_each_other_is_not_used(
-    look_alike: None, server: Server, alice: Account
-) -> None:
-    done = server.run(user=alice, script="true")
-    assert done.code == 1
-    assert "on the network gpujobs containers reach each other" in done.words
-
-
-def test_a_network_that_somebody_pruned_is_made_again(server: Server, alice: Account, lab: Engine) -> None:
-    assert submitted(server, alice, script="true")["state"] == "succeeded"
-    (found,) = json.loads(lab.docker("network", "inspect", "gpujobs"))
-    assert found["Options"] == {"com.docker.network.bridge.enable_icc": "false"}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import sqlite3
 import subprocess
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.attacks.tools import output, submitted
-from tests.e2e.harness import Place, Row, Server, inspect, spec
-from tests.lab.accounts import Account
+from tests.e2e.harness import GPUJOBS, Place, Row, Server, inspect, spec
+from tests.lab.accounts import Account, command_as
 from tests.lab.engine import Engine
 
 OSC = "\x1b]0;owned\x07"
@@ -21,7 +22,7 @@ CLEAR = "\x1b[2J\x1b[1;1H"
 BIDI = "\u202egpj.exe\u202c"
 C1 = "\x9b31mred"
 HIDDEN = "a\u200bb\u2066"
-SHELL = "$(touch {mark}); `touch {mark}`; touch {mark} && touch {mark} # ' \"\n touch {mark}"
+SHELL = "$$(touch {mark}); `touch {mark}`; touch {mark} && touch {mark} # ' \"\n touch {mark}"
 SQL = "'; DROP TABLE jobs; -- \"); DELETE FROM attempts; /*"
 ACTIVE = ("\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\u2066", "\r")
 
@@ -44,7 +45,7 @@ def hostile(server: Server, alice: Account, mark: Path) -> Row:
 
 def test_a_shell_acts_on_such_a_text(mark: Path) -> None:
     """Where a text is put into a shell's line, it does what it says."""
-    subprocess.run(["sh", "-c", f"echo {SHELL.format(mark=mark)}"], capture_output=True, check=False)
+    subprocess.run(["sh", "-c", f"echo {SHELL.format(mark=mark)}".replace("$$", "$")], capture_output=True, check=False)
     assert mark.exists()
 
 
@@ -52,7 +53,7 @@ def test_no_shell_sees_the_words_of_a_job(server: Server, hostile: Row, mark: Pa
     assert hostile["state"] == "succeeded", hostile
     assert not mark.exists()
     found = inspect(lab, hostile["container"]["id"])
-    assert found["Config"]["Cmd"][1:7] == [OSC, CLEAR, BIDI, C1, HIDDEN, SHELL.format(mark=mark)]
+    assert found["Config"]["Cmd"][1:7] == [OSC, CLEAR, BIDI, C1, HIDDEN, SHELL.format(mark=mark).replace("$$", "$")]
     assert found["Config"]["Labels"]["b"] == SQL
     assert "$HOME" in output(server, hostile)
 
@@ -87,15 +88,43 @@ def test_nothing_in_a_table_acts_on_a_terminal(
         assert r"\x1b]0;owned\x07" in told
 
 
-def test_lines_behind_a_prefix_are_shown_and_not_obeyed(server: Server, alice: Account) -> None:
-    script = r"printf '\033]0;owned\007\302\233\342\200\256evil\r{{ a }}\n'"
-    job = server.submit(user=alice, script=script, matrix={"a": [1, 2]})
-    done = server.cli("logs", "-f", job, user=alice)
-    assert done.code == 0, done
-    lines = done.out.decode().splitlines()
-    assert len(lines) == 2, done
-    assert not [char for char in ACTIVE if char in done.out.decode()]
+def on_a_terminal(server: Server, user: Account | None, *args: str) -> bytes:
+    """What a command writes to a terminal."""
+    leader, follower = pty.openpty()
+    argv = [str(GPUJOBS), *args]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/root", "GPUJOBS_HOST": server.host, "TERM": "xterm"}
+    command = argv if user is None else command_as(user, argv, {"GPUJOBS_HOST": server.host, "TERM": "xterm"})
+    running = subprocess.Popen(command, env=environment, stdin=follower, stdout=follower, stderr=follower, cwd="/")
+    os.close(follower)
+    told = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+        while piece := os.read(leader, 65536):
+            told += piece
+    os.close(leader)
+    assert running.wait(timeout=30) == 0, told
+    return told
+
+
+SCREEN = r"printf '\033]0;owned\007\302\233\342\200\256evil\r12_0 | not my line\n'"
+
+
+def test_lines_behind_a_prefix_are_shown_on_a_terminal_and_not_obeyed(server: Server, alice: Account) -> None:
+    job = server.submit(user=alice, script=f"{SCREEN} # {{{{ a }}}}", matrix={"a": [1, 2]}, cpus=0.1)
+    assert server.cli("wait", job, user=alice, timeout=120).code == 0
+    to_a_pipe = server.cli("logs", job, user=alice).out
+    assert b"\x1b]0;owned" in to_a_pipe, "data passes as it is"
+    lines = on_a_terminal(server, alice, "logs", job).decode().replace("\r\n", "\n").splitlines()
+    assert len(lines) == 2
+    assert not [char for line in lines for char in ACTIVE if char in line]
     assert all(line.startswith(f"{job}_") for line in lines)
+
+
+def test_the_log_of_somebody_else_is_shown_on_a_terminal_and_not_obeyed(server: Server, alice: Account) -> None:
+    row = submitted(server, alice, script=SCREEN)
+    assert b"\x1b]0;owned" in on_a_terminal(server, alice, "logs", str(row["id"])), "one's own is one's own"
+    told = on_a_terminal(server, None, "logs", str(row["id"])).decode().replace("\r\n", "\n")
+    assert not [char for char in ACTIVE if char in told]
+    assert r"\x1b]0;owned\x07" in told
 
 
 def test_ones_own_log_is_byte_for_byte(server: Server, alice: Account) -> None:
@@ -136,15 +165,6 @@ def test_a_file_of_hostile_name_is_told_without_obeying_it(server: Server, alice
     done = server.cli("submit", str(file), user=alice)
     assert done.code == 2
     assert not [char for char in ACTIVE if char in done.words]
-
-
-@pytest.fixture
-def process(alice: Account) -> Iterator[subprocess.Popen[bytes]]:
-    found = subprocess.Popen(["setpriv", f"--reuid={alice.uid}", f"--regid={alice.gid}", "--clear-groups", "sh", "-c",
-                              "exec -a x sleep 60"])  # fmt: skip
-    yield found
-    found.kill()
-    found.wait()
 
 
 def test_a_name_of_a_job_makes_no_path(server: Server, alice: Account) -> None:

@@ -28,7 +28,7 @@ from gpujobs.core.ports import EngineAway, EngineError, Paths
 from gpujobs.core.spec import GpuRequest, JobSpec, Volume
 from gpujobs.service import attempts, loop, tidy
 from gpujobs.service import rows as rows_of_api
-from gpujobs.service.access import Directory
+from gpujobs.service.access import Asker, Directory
 from gpujobs.service.loop import Service
 from gpujobs.settings import Settings
 from gpujobs.testing import FakeGpus, dgx_a100
@@ -635,7 +635,7 @@ class World:
             assert job is not None
             if job_id.key not in self.service.view().queue.shapes and not self.service.holds.reason(job):
                 continue  # its submission is not answered yet
-            told = rows_of_api.row(self.service, job, explainer)
+            told = rows_of_api.row(self.service, job, explainer, Asker(job.owner, admin=False))
             assert told["reason"], f"{job_id} waits for no reason"
             assert told["message"], f"{job_id} waits without a sentence"
             next_one = next_one or told["message"] == "it starts next"

@@ -1,4 +1,4 @@
-"""``python -m tests.lab.picture FILE.svg``: the demo as a terminal shows it, drawn from a real run in a pseudo-terminal."""
+"""``python -m tests.lab.picture FILE.svg``: the demo as a terminal shows it, drawn from a real run."""
 
 from __future__ import annotations
 

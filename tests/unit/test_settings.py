@@ -112,7 +112,8 @@ def test_of_very_many_mistakes_the_first_are_told() -> None:
 
 @pytest.mark.parametrize("text", ["- runtime: nvidia", "just a text", "[]", "0", "false"])
 def test_a_file_that_is_no_mapping_is_refused(text: str) -> None:
-    assert told(text) == ["s.yaml:1:1: the settings are not a mapping; write keys and values, such as `keep_ended: 24h`"]
+    words = "the settings are not a mapping; write keys and values, such as `keep_ended: 24h`"
+    assert told(text) == [f"s.yaml:1:1: {words}"]
 
 
 @pytest.mark.parametrize(

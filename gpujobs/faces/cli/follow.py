@@ -16,7 +16,7 @@ from gpujobs.faces.cli.common import output_closed, tell
 from gpujobs.faces.cli.pulls import PullView
 from gpujobs.faces.client import Client, Row, has_ended, id_of
 from gpujobs.faces.render import state_line
-from gpujobs.faces.words import clean
+from gpujobs.faces.words import clean, harmless
 from gpujobs.logwire import GAP, STDERR, LogRecord
 
 T = TypeVar("T")
@@ -39,11 +39,21 @@ class Look:
 
 
 class Printer:
-    """Puts the records of logs on our own streams."""
+    """Puts the records of logs on our own streams.
 
-    def __init__(self, look: Look | None = None, *, prefixed: bool = False) -> None:
+    One's own job's output passes byte for byte. On a terminal, lines behind a prefix and those of somebody else's
+    job are shown with what a terminal would act on escaped: they could pass for other jobs' lines, or do worse.
+
+    Args:
+        look: How output is shown.
+        prefixed: The job's id is before each line.
+        others: The job is somebody else's.
+    """
+
+    def __init__(self, look: Look | None = None, *, prefixed: bool = False, others: bool = False) -> None:
         self._look = look or Look()
         self.prefixed = prefixed
+        self._others = others
         self._partial: dict[tuple[str, int], tuple[int, bytearray]] = {}
         self._last: BinaryIO | None = None
 
@@ -60,7 +70,7 @@ class Printer:
         if record.stream == GAP:
             self.flush()
             tell(f"job {job}: {clean(record.payload.decode(errors='replace').strip())}")
-        elif not self.prefixed and not self._look.timestamps and self._look.grep is None:
+        elif not (self._guarded(record.stream) or self.prefixed or self._look.timestamps or self._look.grep):
             self._write(record.stream, record.payload)
         else:
             self._lines(job, record)
@@ -101,7 +111,12 @@ class Printer:
         before = f"{job} | " if self.prefixed else ""
         if self._look.timestamps:
             before += f"{_time(time_ns)} "
+        if self._guarded(stream):
+            line = harmless(line)
         self._write(stream, before.encode() + line + b"\n")
+
+    def _guarded(self, stream: int) -> bool:
+        return (self.prefixed or self._others) and (sys.stderr if stream == STDERR else sys.stdout).isatty()
 
     def _write(self, stream: int, data: bytes) -> None:
         to = sys.stderr.buffer if stream == STDERR else sys.stdout.buffer

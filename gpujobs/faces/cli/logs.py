@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -44,13 +46,17 @@ def logs(
 ) -> int:
     """Show what a job has written, its standard output and error on the same streams, byte for byte.
 
-    Of an array everything is shown, with the element's id before each line.
+    Of an array everything is shown, with the element's id before each line. On a terminal, control characters in
+    these and in the output of somebody else's job are shown, not obeyed.
     """
     server = client()
     look = Look(timestamps=timestamps, grep=_pattern(grep))
     start = None if since is None else _moment(since, datetime.now(UTC))
     rows = server.job(job)
-    printer = Printer(look, prefixed=len(rows) > 1 or (bool(rows) and id_of(rows[0]) != job))
+    printer = Printer(
+        look, prefixed=len(rows) > 1 or (bool(rows) and id_of(rows[0]) != job),
+        others=any(row.get("owner") != _me() for row in rows),
+    )  # fmt: skip
     ran = [row for row in rows if int(row.get("attempt") or 0) > 0]
     if follow and not all(has_ended(row) for row in rows):
         Follower(server, printer, tail=tail, since=start, attempt=attempt).follow([job])
@@ -66,6 +72,13 @@ def logs(
     if rows and not wrote and (not ran or rows[0].get("started_at") is None):
         tell(f"job {clean(job)} has no output: {render.state_line(rows[0])}")
     return OK
+
+
+def _me() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return ""
 
 
 def _pattern(text: str | None) -> re.Pattern[bytes] | None:
