@@ -169,6 +169,10 @@ class Runner(Protocol):
         """Send a signal to a container's first process; nothing happens where it has ended."""
         ...
 
+    async def unthrottle(self, container: str) -> None:
+        """Take a container's limit of CPU time away; nothing happens where it is gone."""
+        ...
+
     async def remove(self, container: str) -> None:
         """Remove a container and its anonymous volumes; nothing happens where it is gone."""
         ...

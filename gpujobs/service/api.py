@@ -76,6 +76,8 @@ class Endpoint:
                     await response(scope, receive, send)
             else:
                 async with service.quotas.turn(asker.uid):
+                    if request.state.gone():
+                        return  # nobody waits for it any more
                     response = await self._handler(service, asker, request)
                     await self._send(response, scope, receive, send)
         except GpujobsError as error:
@@ -83,6 +85,10 @@ class Endpoint:
             await JSONResponse(wire.error_body(error), error.status, CLOSE)(scope, receive, send)
         except ClientDisconnect:
             return
+        except asyncio.CancelledError:
+            if not service.stopped.is_set():
+                raise
+            request.state.abort()  # the server ends, and has waited for its clients long enough
 
     async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
         """Send an answer in slices, as far as the client reads them in time."""
@@ -98,7 +104,7 @@ class Endpoint:
         try:
             await response(scope, receive, sliced)
         except TimeoutError:
-            Request(scope).state.abort()
+            Request(scope).state.abort()  # it does not read
 
 
 def application(service: Service) -> Starlette:

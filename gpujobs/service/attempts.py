@@ -668,6 +668,11 @@ class Attempt:
         await self._stopping.wait()
         await self._signal(self._job.spec.stop_signal or "SIGTERM")
         await asyncio.sleep(self._job.spec.stop_grace_period)
+        if self.container is not None:
+            try:
+                await self._service.engine.unthrottle(self.container)
+            except (EngineError, EngineAway) as error:
+                logger.warning("%s is killed with its limit of CPU time: %s", self.name, error)
         while True:  # until whoever waits for the end has seen it
             await self._signal("SIGKILL")
             await asyncio.sleep(KILL_SECONDS)

@@ -95,7 +95,8 @@ def _refuse_answering(name: str, address: Path) -> None:
 class Connection(H11Protocol):
     """uvicorn's protocol, which knows whose connection it is, and closes those that are only kept open.
 
-    The application finds in its state ``peer``, and ``abort`` to close the connection at once.
+    The application finds in its state ``peer``, ``abort`` to close the connection at once, and ``gone`` to ask whether
+    it is closed.
     """
 
     quotas: Quotas
@@ -114,7 +115,7 @@ class Connection(H11Protocol):
         if refusal := self.quotas.connected(peer.uid):
             self._refuse(refusal)
             return
-        self.app_state = {**self.app_state, "peer": peer, "abort": transport.abort}
+        self.app_state = {**self.app_state, "peer": peer, "abort": transport.abort, "gone": transport.is_closing}
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

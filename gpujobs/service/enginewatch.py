@@ -181,10 +181,9 @@ class EngineWatch:
         elif isinstance(action, Forget):
             remove_control(service.paths.attempts / container_name(service.id, action.job, action.attempt))
             await service.store.change(lambda ledger: ledger.on_attempt("set_removed", action.job, action.attempt))
-        elif isinstance(action, Kill):
-            if action.container not in self._ending:
-                self._ending.add(action.container)
-                service.spawn(self._end_stray(action), f"end of {action.name}")
+        elif isinstance(action, Kill) and action.container not in self._ending:
+            self._ending.add(action.container)
+            service.spawn(self._end_stray(action), f"end of {action.name}")
 
     async def _end_stray(self, action: Kill) -> None:
         """End a container that must not run; until it has ended, its GPUs count as taken."""

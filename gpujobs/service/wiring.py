@@ -277,6 +277,11 @@ def _make_places(state: Path) -> Paths:
     try:
         for directory in (state, state / "attempts", state / "logs", state / "bin"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (uid := directory.stat().st_uid) != os.geteuid():
+                raise Refused(  # who owns it could put other files in the place of ours
+                    f"the directory {directory} belongs to uid {uid}, not to this server's",
+                    hint="Set GPUJOBS_STATE to a directory of its own.",
+                )
             directory.chmod(0o700)
         pins, nodes = run / "pins", run / "nodes"
         run.mkdir(parents=True, exist_ok=True)

@@ -414,6 +414,11 @@ class FakeRunner:
 
         await self._call("kill", send)
 
+    async def unthrottle(self, container: str) -> None:
+        """It has no limit."""
+        del container
+        await self._call("unthrottle", lambda: None)
+
     async def remove(self, container: str) -> None:
         """Remove it."""
 

@@ -117,6 +117,7 @@ MOST_LINES = 520
 
 LONGER = {
     "gpujobs/core/spec.py": "the one model of the job file: its length is the number of keys",
+    "gpujobs/testing/engine.py": "the fake Engine, with everything that the service reads of the real one",
     "gpujobs/service/loop.py": "all that changes the server's state, in one place and one thread",
     "gpujobs/service/attempts.py": "the steps of one attempt, in the order in which they are gone through",
     "gpujobs/service/doctor.py": "one gatherer of facts after another, none of which knows the others",

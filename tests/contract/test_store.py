@@ -615,11 +615,12 @@ def test_a_container_goes_when_it_was_kept_long_enough_and_its_log_is_stored(sto
         ),
     )
     change(store, lambda ledger: finish(ledger, running, NOW + 5))
-    assert read(store, Ledger.next_expiry) == NOW + 5
+    assert read(store, Ledger.next_expiry) is None
     assert read(store, lambda ledger: ledger.expired(1e12)) == [], "its log is not stored yet"
     assert [row["container"] for row in read(store, Ledger.open_logs)] == ["id1"]
     change(store, lambda ledger: ledger.on_attempt("close_log", job.id, 1))
     assert read(store, Ledger.open_logs) == []
+    assert read(store, Ledger.next_expiry) == NOW + 5
     assert read(store, lambda ledger: ledger.expired(NOW + 5)) == []
     assert [row["name"] for row in read(store, lambda ledger: ledger.expired(NOW + 5.001))] == ["gpujobs-x-1-1"]
     change(store, lambda ledger: ledger.on_attempt("set_removed", job.id, 1))

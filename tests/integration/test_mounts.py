@@ -1014,6 +1014,7 @@ asyncio.run(main())
         "inode": status.st_ino,
         "kind": "dir",
         "read_only": True,
+        "writable": [],
     }
     assert told["check"] is True
     assert told["gone"] is False
