@@ -115,7 +115,7 @@ class Connection(H11Protocol):
         if refusal := self.quotas.connected(peer.uid):
             self._refuse(refusal)
             return
-        self.app_state = {**self.app_state, "peer": peer, "abort": transport.abort, "gone": transport.is_closing}
+        self.app_state = {**self.app_state, "peer": peer, "abort": transport.abort, "gone": self._is_gone}
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -138,6 +138,14 @@ class Connection(H11Protocol):
         if self.cycle is not before and self.cycle is not None and not self.cycle.response_complete:
             self._disarm()
 
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP; where it came behind a request that is being answered, that gets no answer either."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
+
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         super().on_response_complete()
@@ -150,6 +158,9 @@ class Connection(H11Protocol):
         """No next request came."""
         super().timeout_keep_alive_handler()
         self._later(FLUSH_SECONDS)
+
+    def _is_gone(self) -> bool:
+        return self.cycle is not None and self.cycle.disconnected
 
     def _refuse(self, why: str) -> None:
         error = Refused(why, hint="Close some, or end the programs that hold them.")

@@ -22,6 +22,9 @@ logger = logging.getLogger("gpujobs")
 AGAIN_SECONDS = 10.0
 """Before an account database that did not answer is asked again."""
 
+PATIENCE_SECONDS = 1.0
+"""For which the queue waits for an account to be looked at, rather than let others pass."""
+
 REASON = "account"
 """The word for why such a job waits."""
 
@@ -102,7 +105,7 @@ class Holds:
         """Ask until the account can be used, or none of its jobs waits."""
         try:
             while True:
-                reason, again = await self._standing(uid)
+                reason, again = await self._standing_or_held(uid)
                 if reason != self._held.get(uid, ""):
                     if reason:
                         self._held[uid] = reason
@@ -120,6 +123,18 @@ class Holds:
         finally:
             self._asking.discard(uid)
             self._changed(uid)
+
+    async def _standing_or_held(self, uid: int) -> tuple[str, float]:
+        """As :meth:`_standing`; an account that cannot be told of soon is held meanwhile, so that others pass it."""
+        asking = asyncio.ensure_future(self._standing(uid))
+        try:
+            await asyncio.wait({asking}, timeout=PATIENCE_SECONDS)
+            if not asking.done() and uid not in self._held:
+                self._held[uid] = "the account database has not answered yet"
+                self._changed(uid)
+            return await asking
+        finally:
+            asking.cancel()
 
     async def _standing(self, uid: int) -> tuple[str, float]:
         """Why an account cannot be used, empty where it can, and after how many seconds to ask again."""

@@ -22,7 +22,18 @@ from typing import Any
 from gpujobs.core import job as jobs
 from gpujobs.core.container import Image
 from gpujobs.core.cuda import needs_newer_driver
-from gpujobs.core.decide import Host, Policy, Start, Stop, View, check_possible, decide, next_deadline, shape_of
+from gpujobs.core.decide import (
+    Decision,
+    Host,
+    Policy,
+    Start,
+    Stop,
+    View,
+    check_possible,
+    decide,
+    next_deadline,
+    shape_of,
+)
 from gpujobs.core.diagnose import command_hint, diagnose
 from gpujobs.core.endings import Ending
 from gpujobs.core.errors import GpujobsError, Refused, Unavailable, UnknownId
@@ -262,7 +273,7 @@ class Service:
             if self._were_not_waiting(waiting):
                 self.wake()
                 return
-            decisions = tuple(d for d in decisions if not isinstance(d, Start) or self._may_start(waiting[d.job]))
+            decisions = self._startable(decisions, waiting)
             begun: list[tuple[Job, dict[str, Any]]] = []
             stops = [d for d in decisions if isinstance(d, Stop)]
             now = self.clock.now()
@@ -290,8 +301,18 @@ class Service:
             self._queue = self._queue.dequeue(job_id)
         return bool(gone)
 
-    def _may_start(self, job: Job | None) -> bool:
-        return job is not None and self.holds.may_start(job.owner.uid)
+    def _startable(self, decisions: tuple[Decision, ...], waiting: dict[JobId, Job | None]) -> tuple[Decision, ...]:
+        """The decisions without the starts behind the first one whose account has to be looked at: nobody passes it."""
+        kept: list[Decision] = []
+        in_turn = True
+        for decision in decisions:
+            if isinstance(decision, Start):
+                job = waiting[decision.job]
+                in_turn = job is not None and self.holds.may_start(job.owner.uid) and in_turn
+                if not in_turn:
+                    continue
+            kept.append(decision)
+        return tuple(kept)
 
     def _hold_changed(self, uid: int) -> None:
         self._queue = self.holds.filter(uid, self._queue)

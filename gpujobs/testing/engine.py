@@ -31,6 +31,7 @@ from gpujobs.core.ports import (
 from gpujobs.core.reconcile import Seen
 from gpujobs.logwire import STDOUT, LogRecord
 from gpujobs.testing.logs import MemoryLog
+from gpujobs.testing.machine import IdleMachine
 
 T = TypeVar("T")
 
@@ -125,6 +126,7 @@ class FakeEngine:
 
     Attributes:
         latency: Seconds that a call waits before it takes effect, and again before it is answered.
+        death: Seconds from a signal until the process that it ends has gone.
         on_signal: With which code a released program ends at a signal; None where it goes on.
         on_start: Called when a container starts.
         greeting: What a program writes when it begins.
@@ -135,6 +137,7 @@ class FakeEngine:
         self.clock = clock
         self.minors = dict(minors or {})
         self.latency: Callable[[], float] = lambda: 0.0
+        self.death: Callable[[], float] = lambda: 0.0
         self.on_signal: Callable[[FakeContainer, str], int | None] = lambda _, signal: {"SIGTERM": 143}.get(signal)
         self.on_start: Callable[[FakeContainer], None] = lambda _: None
         self.extra: frozenset[int] = frozenset()
@@ -235,7 +238,7 @@ class FakeEngine:
             self._event("die", container, {"exitCode": str(code)})
 
     def signal(self, container: FakeContainer, signal: str) -> None:
-        """Send its first process a signal: it takes effect after the latency."""
+        """Send its first process a signal: it takes effect after a while."""
 
         def ends() -> None:
             self._look_at_gate(container)
@@ -247,7 +250,7 @@ class FakeEngine:
                 self.end(container, code)
 
         if container.running:
-            asyncio.get_running_loop().call_later(self.latency(), ends)
+            asyncio.get_running_loop().call_later(self.death(), ends)
 
     def remove(self, container: FakeContainer) -> None:
         """Remove it, also while it runs."""
@@ -310,7 +313,7 @@ class FakeEngine:
                 container.gate = -1
 
 
-class FakeRunner:
+class FakeRunner(IdleMachine):
     """A Runner over an Engine in memory.
 
     Args:
@@ -368,18 +371,6 @@ class FakeRunner:
     async def network(self) -> str:
         """It is there."""
         return await self._call("network", lambda: "gpujobs")
-
-    async def runtimes(self) -> tuple[str, ...]:
-        """The names of the OCI runtimes that there are."""
-        return ("nvidia", "runc")
-
-    async def disk_free(self) -> int | None:
-        """Nothing is written to a disk."""
-        return None
-
-    async def layer_bytes(self, container: str) -> int:
-        """Nothing is written into a container."""
-        return 0 * len(container)
 
     async def image(self, reference: str) -> Image:
         """Every image is there."""

@@ -107,7 +107,7 @@ def test_who_submits_is_the_connections_peer_whatever_the_request_says(
     allowed = raw(server, None, request("POST", "/v1/jobs", submission(run_as=alice.name)))
     (made,) = allowed.body["jobs"]
     assert server.ended(str(made["id"]))["owner"] == alice.name
-    headers = "X-Remote-User: root\r\nX-Forwarded-For: 127.0.0.1\r\nRemote-User: gjlab1\r\nAuthorization: Basic cm9vdDo=\r\n"
+    headers = "X-Remote-User: root\r\nX-Forwarded-For: 127.0.0.1\r\nAuthorization: Basic cm9vdDo=\r\n"
     body = {**submission(**SPOOFED), "files": [{**submission()["files"][0], **SPOOFED}]}  # type: ignore[index]
     answer = raw(server, bob, request("POST", "/v1/jobs", body, headers))
     if answer.status == 201:
@@ -145,7 +145,9 @@ def test_a_home_that_the_client_names_gives_nobody_elses_files(server: Server, a
     assert "permission denied for gjlab1" in row["message"]
 
 
-def test_an_account_that_may_not_use_the_server_cannot_even_ask(server: Server, alice: Account, mallory: Account) -> None:
+def test_an_account_that_may_not_use_the_server_cannot_even_ask(
+    server: Server, alice: Account, mallory: Account
+) -> None:
     assert server.cli("ps", user=alice).code == 0
     done = server.cli("ps", user=mallory)
     assert (done.code, done.out) == (3, b"")

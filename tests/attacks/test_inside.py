@@ -21,8 +21,9 @@ from tests.lab.accounts import Account
 from tests.lab.engine import Engine
 
 # What --privileged would give, as far as an Engine inside a sandbox has it to give.
+RIGHTS = ("SYS_ADMIN", "SYS_NICE", "SYS_RAWIO", "SYS_PTRACE", "DAC_READ_SEARCH", "SYSLOG")
 EVERYTHING = (
-    *(f"--cap-add={name}" for name in ("SYS_ADMIN", "SYS_NICE", "SYS_RAWIO", "SYS_PTRACE", "DAC_READ_SEARCH", "SYSLOG")),
+    *(f"--cap-add={name}" for name in RIGHTS),
     *(f"--security-opt={name}=unconfined" for name in ("seccomp", "apparmor", "systempaths")),
     "--device-cgroup-rule=c *:* rwm", "--device=/dev/kmsg", "--pid=host", "--volume=/sys/fs/cgroup:/sys/fs/cgroup",
 )  # fmt: skip
@@ -43,8 +44,10 @@ ATTEMPTS: Mapping[str, set[str]] = {
     "read_kmsg": {"ENOENT", *DENIED},
     # no other kernel than the job's corner of it
     "mount_tmpfs": DENIED, "umount_hosts_file": DENIED, "unshare_user": DENIED, "unshare_mounts": DENIED,
-    "chroot_away": DENIED, "set_hostname": DENIED, "write_proc_sys": READ_ONLY, "write_proc_irq": READ_ONLY, "read_kernel_keys": {"ENODATA"},
-    "write_cgroup": {"ENOENT", *READ_ONLY}, "raise_priority": DENIED, "core_files": DENIED, "keyring": DENIED,
+    "chroot_away": DENIED, "set_hostname": DENIED, "write_proc_sys": READ_ONLY, "write_proc_irq": READ_ONLY,
+    "read_kernel_keys": {"ENODATA"},
+    "write_cgroup": {"ENOENT", *READ_ONLY}, "raise_priority": DENIED, "core_files": DENIED,
+    "keyring": DENIED,
     "bpf_map": DENIED, "fault_fd": {"ENOSYS", *DENIED}, "raw_socket": DENIED, "packet_socket": DENIED,
     "host_process": {"ENOENT", "ESRCH"},
 }  # fmt: skip
@@ -85,7 +88,7 @@ def host_process(server: Server) -> dict[str, str]:
 
 
 def results(text: str) -> dict[str, str]:
-    return {name: word for name, word in (line.split() for line in text.splitlines())}
+    return dict(line.split() for line in text.splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ def by_root(
     for planted in ("e/planted", "r/planted", "r/below/planted", "v/made-gpu"):
         top, _, name = planted.partition("/")
         (stage[top] / name).unlink(missing_ok=True)
-    os.chown(stage["v"] / "mine", os.stat(stage["v"]).st_uid, -1)
+    os.chown(stage["v"] / "mine", stage["v"].stat().st_uid, -1)
     return results(done.out.decode())
 
 

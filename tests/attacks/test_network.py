@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from tests.attacks.tools import output, shell, submitted, undefended
-from tests.e2e.harness import BUSYBOX, Place, Server, inspect, wait_for
+from tests.e2e.harness import BUSYBOX, Server, inspect
 from tests.lab.accounts import Account
-from tests.lab.engine import Engine, LabError
+from tests.lab.engine import Engine
 
 LISTEN = "while true; do echo from a stranger | nc -l -p 5000; done"
 ASK = "nc -w 2 {address} 5000 < /dev/null"

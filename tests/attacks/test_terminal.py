@@ -27,13 +27,12 @@ SQL = "'; DROP TABLE jobs; -- \"); DELETE FROM attempts; /*"
 ACTIVE = ("\x1b", "\x07", "\x9b", "\u202e", "\u200b", "\u2066", "\r")
 
 
-@pytest.fixture
-def mark(place: Place) -> Path:
-    place.path.chmod(0o777)
-    return place.path / "mark"
+@pytest.fixture(scope="module")
+def mark(ground: Place) -> Path:
+    return ground.path / "mark"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hostile(server: Server, alice: Account, mark: Path) -> Row:
     """A job with something hostile in each place that takes any text."""
     told = SHELL.format(mark=mark)
@@ -47,6 +46,7 @@ def test_a_shell_acts_on_such_a_text(mark: Path) -> None:
     """Where a text is put into a shell's line, it does what it says."""
     subprocess.run(["sh", "-c", f"echo {SHELL.format(mark=mark)}".replace("$$", "$")], capture_output=True, check=False)
     assert mark.exists()
+    mark.unlink()
 
 
 def test_no_shell_sees_the_words_of_a_job(server: Server, hostile: Row, mark: Path, lab: Engine) -> None:

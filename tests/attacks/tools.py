@@ -67,7 +67,8 @@ def import_image(lab: Engine, reference: str, evil: Evil, probe: Path) -> None:
             exported.seek(0)
             _rewrite(exported, made, evil, probe)
             made.seek(0)
-            changes = [part for change in ("ENV PATH=/bin", 'CMD ["sh"]', *evil.changes) for part in ("--change", change)]
+            lines = ("ENV PATH=/bin", 'CMD ["sh"]', *evil.changes)
+            changes = [part for line in lines for part in ("--change", line)]
             subprocess.run(
                 ["docker", "import", *changes, "-", reference], env=lab.environment(), check=True, stdin=made,
                 stdout=subprocess.DEVNULL,
@@ -162,8 +163,8 @@ def raw(server: Server, user: Account | None, data: bytes) -> Answer:
     head, _, body = done.out.partition(b"\r\n\r\n")
     if not head:
         return Answer(0, "")
-    length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")),
-                  len(body))  # fmt: skip
+    lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    length = int(lengths[0].split(b":")[1]) if lengths else len(body)
     return Answer(int(head.split(b" ")[1]), body[:length].decode("utf-8", "replace"))
 
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,9 @@ GIB = 2**30
 ENDED = ("succeeded", "failed", "cancelled")
 HOST = Host(cpus=8.0, memory=256 * GIB)
 SLOW = 90.0
-"""Virtual seconds in which whatever is due must have been noticed; the longest hold of a mount is 30."""
+"""Virtual seconds in which whatever is due must have been done; the longest hold of a mount is 30."""
+KNOWN = 5.0
+"""Virtual seconds in which what happens in an Engine that answers quickly must be known."""
 KEEP_ENDED = 600.0
 SERVER = "5eed0001"
 
@@ -166,6 +169,7 @@ class World:
         self.gpus = FakeGpus(inventory)
         self.engine = FakeEngine(self.clock, {gpu.uuid: gpu.index for gpu in inventory.gpus})
         self.engine.latency = self._latency
+        self.engine.death = lambda: self.random.choice((0.0, 0.01, 0.3, 2.0))
         self.engine.on_signal = self._on_signal
         self.engine.on_start = self._on_start
         self.people = [
@@ -184,6 +188,7 @@ class World:
         self.troubled = self.loop.time()
         self.wrong: list[str] = []
         self.slow = False
+        self.accounts_troubled = False  # ever
         self.stuck_pins = False
         self.full = False
         self.ended: dict[Key, tuple[Any, ...]] = {}
@@ -231,7 +236,7 @@ class World:
     def _on_start(self, container: FakeContainer) -> None:
         if container.made_by != "server":
             return
-        just_now = {s.container.id for s in self.strangers if self.loop.time() < max(s.since, self.troubled) + SLOW}
+        just_now = {s.container.id for s in self.strangers if self.loop.time() < max(s.since, self.troubled) + KNOWN}
         for other in self.engine.containers.values():
             ours = other is not container and other.made_by == "server" and other.id not in just_now
             if ours and other.running and other.gpus & container.gpus:
@@ -450,7 +455,7 @@ class World:
 
     def remove_container(self, pick: int) -> None:
         ours = [c for c in self.engine.containers.values() if c.made_by == "server"]
-        if ours:
+        if ours and not self.engine.away:
             container = ours[pick % len(ours)]
             self.fate(key_of(container)).excuses.add("removed")
             self.engine.remove(container)
@@ -458,7 +463,7 @@ class World:
     def start_ended(self, pick: int) -> None:
         """Somebody starts a container of ours by hand."""
         ours = [c for c in self.engine.containers.values() if c.made_by == "server" and c.status == "exited"]
-        if ours:
+        if ours and not self.engine.away:
             container = ours[pick % len(ours)]
             container_key = key_of(container)
             if self.row(container_key)[2] in ENDED:
@@ -468,6 +473,8 @@ class World:
                 self.strangers.append(Stranger(container, self.loop.time()))
 
     def make_stranger(self, pick: int, forged: str, *, start: bool) -> None:
+        if self.engine.away:
+            return
         gpus = self.uuids[pick % len(self.uuids)]
         labels, name = {}, f"by-hand-{len(self.engine.history)}"
         rows = self.jobs()
@@ -530,6 +537,7 @@ class World:
         self._parts[3].full = full
 
     def change_accounts(self, user: int, how: str) -> None:
+        self.accounts_troubled = True
         if how in ("expires", "returns"):
             self.accounts.expire(self.people[user].uid, expired=how == "expires")
         else:
@@ -596,11 +604,15 @@ class World:
     def _check_gpus(self) -> None:
         """No GPU is given twice by the ledger, nor one that somebody else was seen to have."""
         held: dict[str, Any] = {}
+        waiting = self._waiting_for_gpus()
         for number, index, attempt, allocation, decided in self.ledger.execute(
             "SELECT number, idx, a.attempt, allocation, decided_at FROM attempts a JOIN jobs j USING (number, idx) "
             "WHERE j.active = 1 AND j.state <> 'queued' AND a.attempt = j.attempt"
         ):
             gpus = json.loads(allocation).get("gpus") or ()
+            if gpus and (number, index, attempt) not in self.decided:
+                passed = [key for key in waiting if key < (number, index)]
+                assert not passed, f"{number}_{index} has passed {passed}"
             for uuid in gpus:
                 assert uuid not in held, f"{uuid} is given to {number}_{index} and to {held[uuid]}"
                 held[uuid] = f"{number}_{index}"
@@ -609,10 +621,21 @@ class World:
             self.decided.add((number, index, attempt))
             at = decided - self.clock.offset
             for stranger in self.strangers:
-                known = at > max(stranger.since, self.troubled) + SLOW
+                prompt = not (self.engine.away or self.engine.hangs or self.slow)
+                known = prompt and at > max(stranger.since, self.troubled) + KNOWN
                 taken = stranger.container.gpus & set(gpus)
                 if known and taken and not stranger.container.gone and stranger.container.status != "exited":
                     raise AssertionError(f"{number}_{index} was given {taken}, which {stranger.container.name} has")
+
+    def _waiting_for_gpus(self) -> list[Key]:
+        """The accepted jobs with GPUs that wait, and whose accounts are well."""
+        if self.accounts_troubled:
+            return []
+        accepted = {key for submission in self.submissions for key in submission.answered or ()}
+        found = self.ledger.execute(
+            "SELECT number, idx FROM jobs WHERE state = 'queued' AND json_extract(spec, '$.gpus.count') > 0"
+        ).fetchall()
+        return [key for key in found if key in accepted]
 
     def _check_programs(self) -> None:
         ran: dict[Key, int] = {}
@@ -666,6 +689,7 @@ class World:
         assert not alive, f"these run although their jobs have ended: {alive}"
         for row in self.jobs():
             self._check_outcome(row)
+        self._check_turns()
         self._check_logs()
         self._check_whole_machine()
         self.run_for(KEEP_ENDED + 3700.0)
@@ -699,6 +723,20 @@ class World:
             assert code == ran.exits[0] == fate.code, told
             assert state == ("succeeded" if code == 0 else "failed"), told
             assert reason == ("" if code == 0 else "exit"), told
+
+    def _check_turns(self) -> None:
+        """Of those decided at once, programs begin in the order of the queue, where nothing of their own holds them."""
+        if self.accounts_troubled:
+            return
+        begun = self.ledger.execute(
+            "SELECT decided_at, number, idx, a.started_at FROM attempts a JOIN jobs j USING (number, idx) "
+            "WHERE a.started_at IS NOT NULL AND json_extract(j.spec, '$.gpus.count') > 0 "
+            "AND json_extract(j.spec, '$.image') = 'local' AND json_array_length(j.spec, '$.volumes') IS NOT 1 "
+            "ORDER BY decided_at, number, idx"
+        ).fetchall()
+        for first, second in pairwise(begun):
+            if first[0] == second[0]:
+                assert first[3] <= second[3], f"{second} began before {first}"
 
     def _excused(self, row: tuple[Any, ...]) -> bool:
         reason, message = row[5], row[6]

@@ -284,6 +284,23 @@ def test_jobs_of_an_account_that_cannot_be_used_step_aside_and_come_back(
     run_held(source, go)
 
 
+def test_an_account_that_is_long_in_coming_lets_others_pass_until_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holds, "PATIENCE_SECONDS", 0.02)
+    source = Slow()
+
+    async def go(held: Held) -> None:
+        assert not held.holds.may_start(ADA.uid)
+        await held.changes.get()
+        assert held.queued == [3]
+        assert held.holds.reason(held.jobs[0]) == "the account database has not answered yet"
+        source.answers.set()
+        await held.changes.get()
+        assert held.queued == [1, 2, 3]
+        assert held.holds.may_start(ADA.uid)
+
+    run_held(source, go)
+
+
 def test_an_expired_account_is_held_until_it_is_seen_again() -> None:
     source = AnyAccounts({ADA.uid: Account(owner=ADA, expired=True), EVE.uid: Account(owner=EVE)})
 
