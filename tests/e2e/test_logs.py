@@ -84,10 +84,13 @@ def test_a_log_is_followed_across_the_death_of_its_server(
 def test_a_hundred_megabytes_are_whole_though_the_server_is_killed_while_they_are_written(
     server: Server, machine: nvml.Machine, volume: Path
 ) -> None:
+    count = "awk 'BEGIN {{ for (i = {}; i < {}; i++) printf \"%079d\\n\", i }}'"
+    middle = LINES * 2 // 3
+    first, second = count.format(0, middle), count.format(middle, LINES)
+    waiting = "while [ ! -e /v/go ]; do sleep 0.05; done"
     job = server.submit(
-        script=f"awk 'BEGIN {{ for (i = 0; i < {LINES}; i++) printf \"%079d\\n\", i }}' && echo done >&2",
-        mem_limit="256m", volumes=[f"{volume}:/v"],
-    )  # fmt: skip
+        script=f"{first} && {waiting} && {second} && echo done >&2", mem_limit="256m", volumes=[f"{volume}:/v"]
+    )
     log = server.state / "logs" / job
 
     def stored() -> int:
@@ -96,6 +99,7 @@ def test_a_hundred_megabytes_are_whole_though_the_server_is_killed_while_they_ar
     wait_for(lambda: stored() > 20_000_000, "a fifth is stored", timeout=60)
     assert server.job(job)["state"] == "running"
     server.kill()
+    (volume / "go").touch()
     server.start()
     row = server.ended(job, timeout=150)
     assert row["state"] == "succeeded"
