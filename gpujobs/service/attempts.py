@@ -97,10 +97,10 @@ class Attempt:
         service: The server it belongs to.
         job: The job, active.
         row: The ledger's row of the attempt.
-        before: Set when the attempt decided before this one has started, so that starts keep their order.
+        before: The attempt decided before this one, so that starts keep their order.
     """
 
-    def __init__(self, service: Service, job: Job, row: dict[str, Any], before: asyncio.Event | None) -> None:
+    def __init__(self, service: Service, job: Job, row: dict[str, Any], before: Attempt | None) -> None:
         state = job.state
         assert isinstance(state, jobs.Active)
         self.job_id = job.id
@@ -158,6 +158,8 @@ class Attempt:
         finally:
             self.started.set()
             self._close_gate()
+            while self._before is not None and self._before.started.is_set():  # else they would all stay in memory
+                self._before = self._before._before
         await self._service.tidy.attempt_gone(self.name, self._job.owner, self.job_id)
 
     async def _through(self) -> tuple[Ending, int | None]:
@@ -628,8 +630,11 @@ class Attempt:
         return service.gpus.minors()
 
     async def _in_turn(self) -> None:
-        if self._before is not None:
-            await self._before.wait()
+        # All of them, one by one: who need not be waited for, such as one that fetches its image, may itself be
+        # behind one that is.
+        while self._before is not None:
+            await self._before.started.wait()
+            self._before = self._before._before
 
     # -- until the end -----------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ class EngineWatch:
         self.strange: dict[str, Seen] = {}
         self._service = service
         self._ending: set[str] = set()
+        self._missed = False
         self._answers = asyncio.Event()
         self._answers.set()
 
@@ -108,6 +109,9 @@ class EngineWatch:
                 return
             except (EngineError, GpujobsError) as error:
                 logger.warning("container %s was not looked at: %s", event.id[:12], error)
+                if not self._missed:
+                    self._missed = True
+                    self._service.spawn(self._catch_up(), "containers not looked at")
                 return
             # By its name, which is the Engine's to give once, and our secret: labels can be anybody's.
             ours = {(attempt.name, attempt.nonce) for attempt in self._service.attempts.values()}
@@ -115,7 +119,9 @@ class EngineWatch:
                 return
             self.strange[seen.id] = seen
             if seen.state in RUNNING and seen.labels.get("gpujobs.server") == self._service.id:
-                await self._look_again()  # somebody may have started one that had ended
+                if not await self._look_again() and not self._missed:  # it may be one of ours that had ended
+                    self._missed = True
+                    self._service.spawn(self._catch_up(), "containers not looked at")
         elif event.action in ("die", "destroy"):
             if event.action == "destroy":
                 self.strange.pop(event.id, None)
@@ -123,11 +129,20 @@ class EngineWatch:
                 self.strange[event.id] = replace(known, state="exited")
             self._service.wake()
 
-    async def _look_again(self) -> None:
+    async def _look_again(self) -> bool:
         try:
             await self.reconcile()
         except (EngineError, GpujobsError) as error:
             logger.warning("the Engine's containers were not compared with the ledger: %s", error)
+            return False
+        return True
+
+    async def _catch_up(self) -> None:
+        """Look at all containers until it succeeds: one that is not known would have its GPUs given away."""
+        while self._missed:
+            await asyncio.sleep(AGAIN_SECONDS)
+            self._missed = not await self._look_again()
+        self._service.wake()
 
     async def reconcile(self, *, after_absence: bool = False) -> None:
         """Compare ledger and Engine and act on every difference, by the table of core.reconcile.

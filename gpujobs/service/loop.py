@@ -332,7 +332,7 @@ class Service:
         before = None
         if job.spec.gpus.count:
             before, self._last_started = self._last_started, None
-        attempt = Attempt(self, job, row, None if before is None else before.started)
+        attempt = Attempt(self, job, row, before)
         if job.spec.gpus.count:
             self._last_started = attempt
         self.attempts[job.id] = attempt

@@ -49,7 +49,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now = 0.0
         self._limit: int | None = None
         self._turns_now = 0
-        self._threads: list[concurrent.futures.Future[Any]] = []
+        self._given: list[tuple[Callable[[], None], concurrent.futures.Future[Any]]] = []
         self.iterations = 0
         selector = _Leaping()
         selector.before = self._before_waiting
@@ -66,9 +66,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             if self._limit <= 0:
                 self.stop()
                 timeout = 0.0
-        if self._threads:
-            concurrent.futures.wait(self._threads)
-            self._threads.clear()
+        if self._given:
+            self.hand_over()
         elif timeout is None:
             if self._limit is None:
                 raise Stuck
@@ -80,9 +79,23 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 raise Spinning
         return 0.0
 
-    def await_thread(self, work: concurrent.futures.Future[Any]) -> None:
-        """Do nothing else until a thread has done this."""
-        self._threads.append(work)
+    def await_thread(self, begin: Callable[[], None], done: concurrent.futures.Future[Any]) -> None:
+        """Give a thread something to do in the loop's next turn, which waits until it is done.
+
+        Where the loop is stopped before that, it has not begun: see :meth:`hand_over` and :meth:`drop`.
+        """
+        self._given.append((begin, done))
+
+    def hand_over(self) -> None:
+        """Give the threads what is waiting, and wait until they have done it."""
+        given, self._given = self._given, []
+        for begin, _ in given:
+            begin()
+        concurrent.futures.wait([done for _, done in given])
+
+    def drop(self) -> None:
+        """Forget what has not been given to a thread yet."""
+        self._given.clear()
 
     def run_in_executor(
         self, executor: concurrent.futures.Executor | None, func: Callable[..., T], *args: object

@@ -62,7 +62,6 @@ class WatchedStore(Store):
     def __init__(self, path: Path, virtual: VirtualLoop) -> None:
         super().__init__(path)
         self._virtual = virtual
-        self._given: list[Future[Any]] = []
         self._dead = False
         self.full = False
 
@@ -72,11 +71,9 @@ class WatchedStore(Store):
             await asyncio.sleep(0)
             raise Unavailable("nothing was written: the disk is full")
         future: Future[T] = Future()
-        self._given = [*(f for f in self._given if not f.done()), future]
-        self._inbox.put((action, future))
         answer, told = asyncio.wrap_future(future), Future[None]()
         future.add_done_callback(lambda _: told.set_result(None))  # after the one that wakes the loop
-        self._virtual.await_thread(told)
+        self._virtual.await_thread(lambda: self._inbox.put((action, future)), told)
         return await answer
 
     async def read(self, query: Callable[[Ledger], T]) -> T:
@@ -298,9 +295,7 @@ class World:
         """The server's process is gone at once; with ``lose`` what it has just handed to the ledger is not written."""
         self._cut()
         store: WatchedStore = self._parts[3]
-        if lose:
-            for future in store._given:
-                future.cancel()
+        (self.loop.drop if lose else self.loop.hand_over)()
         self.deaths += 1
         self._end_tasks()
         store.close()
