@@ -109,9 +109,7 @@ class EngineWatch:
                 return
             except (EngineError, GpujobsError) as error:
                 logger.warning("container %s was not looked at: %s", event.id[:12], error)
-                if not self._missed:
-                    self._missed = True
-                    self._service.spawn(self._catch_up(), "containers not looked at")
+                self._miss()
                 return
             # By its name, which is the Engine's to give once, and our secret: labels can be anybody's.
             ours = {(attempt.name, attempt.nonce) for attempt in self._service.attempts.values()}
@@ -119,9 +117,7 @@ class EngineWatch:
                 return
             self.strange[seen.id] = seen
             if seen.state in RUNNING and seen.labels.get("gpujobs.server") == self._service.id:
-                if not await self._look_again() and not self._missed:  # it may be one of ours that had ended
-                    self._missed = True
-                    self._service.spawn(self._catch_up(), "containers not looked at")
+                await self._look_again()  # it may be one of ours that had ended
         elif event.action in ("die", "destroy"):
             if event.action == "destroy":
                 self.strange.pop(event.id, None)
@@ -129,19 +125,23 @@ class EngineWatch:
                 self.strange[event.id] = replace(known, state="exited")
             self._service.wake()
 
-    async def _look_again(self) -> bool:
+    async def _look_again(self) -> None:
         try:
             await self.reconcile()
         except (EngineError, GpujobsError) as error:
             logger.warning("the Engine's containers were not compared with the ledger: %s", error)
-            return False
-        return True
+            self._miss()
+
+    def _miss(self) -> None:
+        """A container was not looked at. Were it not known, its GPUs would be given away: all are looked at again."""
+        if not self._missed:
+            self._missed = True
+            self._service.spawn(self._catch_up(), "containers not looked at")
 
     async def _catch_up(self) -> None:
-        """Look at all containers until it succeeds: one that is not known would have its GPUs given away."""
-        while self._missed:
-            await asyncio.sleep(AGAIN_SECONDS)
-            self._missed = not await self._look_again()
+        await asyncio.sleep(AGAIN_SECONDS)
+        self._missed = False  # what is missed from now on is looked at after this look
+        await self._look_again()
         self._service.wake()
 
     async def reconcile(self, *, after_absence: bool = False) -> None:

@@ -121,15 +121,11 @@ def test_lines_behind_a_prefix_are_shown_on_a_terminal_and_not_obeyed(server: Se
 
 def test_the_log_of_somebody_else_is_shown_on_a_terminal_and_not_obeyed(server: Server, alice: Account) -> None:
     row = submitted(server, alice, script=SCREEN)
+    assert server.cli("logs", str(row["id"]), user=alice).out.startswith(b"\x1b]0;owned\x07\xc2\x9b")
     assert b"\x1b]0;owned" in on_a_terminal(server, alice, "logs", str(row["id"])), "one's own is one's own"
     told = on_a_terminal(server, None, "logs", str(row["id"])).decode().replace("\r\n", "\n")
     assert not [char for char in ACTIVE if char in told]
     assert r"\x1b]0;owned\x07" in told
-
-
-def test_ones_own_log_is_byte_for_byte(server: Server, alice: Account) -> None:
-    row = submitted(server, alice, script=r"printf '\033[31mred\033[0m\n'")
-    assert server.cli("logs", str(row["id"]), user=alice).out == b"\x1b[31mred\x1b[0m\n"
 
 
 MISTAKES = {
@@ -167,10 +163,9 @@ def test_a_file_of_hostile_name_is_told_without_obeying_it(server: Server, alice
     assert not [char for char in ACTIVE if char in done.words]
 
 
-def test_a_name_of_a_job_makes_no_path(server: Server, alice: Account) -> None:
+def test_a_name_of_a_job_makes_no_path(server: Server, alice: Account, hostile: Row) -> None:
     assert os.path.normpath("/state/logs/../../etc") == "/etc"
     for name in ("..", "../../x", "/etc", "a/b", "a\0b", "-x", "."):
         done = server.cli("submit", "-", user=alice, stdin=spec(script="true", name=name))
         assert (done.code, done.out) == (2, b""), name
-    row = submitted(server, alice, script="true", name="a..=+-_b")
-    assert row["container"]["name"].endswith(f"-{row['id']}-1")
+    assert hostile["container"]["name"].endswith(f"-{hostile['id']}-1"), "numbers alone are in it"
