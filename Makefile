@@ -26,7 +26,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml setup.py
 	@touch $@
 
 gpujobs/init/gpujobs-init: gpujobs/init/gpujobs-init.c $(VENV)/.installed
-	test $@ -nt $< || $(BIN)/python setup.py --quiet build_init
+	test $@ -nt $< || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 demo: install
