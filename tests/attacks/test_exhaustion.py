@@ -87,7 +87,7 @@ def test_a_job_that_leaves_itself_no_time_to_be_killed_in_ends_at_its_limit_all_
     server: Server, alice: Account, lab: Engine
 ) -> None:
     """A fork bomb on a tenth of a CPU outlives SIGKILL by minutes: it would keep its GPUs as long."""
-    bomb = "bomb() { bomb | bomb & }; bomb; sleep 100"
+    bomb = "bomb() { bomb | bomb & }; bomb; while true; do true; done"
     assert any(outlives_kill(lab, bomb) for _ in range(4))
     job = server.submit(user=alice, gpus=1, script=bomb, mem_limit="16m", time_limit="3s", cpus=0.1,
                         stop_grace_period="0s")  # fmt: skip
