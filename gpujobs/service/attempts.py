@@ -570,7 +570,7 @@ class Attempt:
         if self._log is None:
             assert self.container is not None
             log = self._service.logs.log(self.job_id, self.number)
-            self._log = asyncio.create_task(self._follow(log), name=f"log {self.name}")
+            self._log = self._service.spawn(self._follow(log), f"log {self.name}")
 
     async def _follow(self, log: Log) -> None:
         assert self.container is not None

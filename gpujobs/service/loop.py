@@ -200,9 +200,10 @@ class Service:
         """Let go of everything; containers go on."""
         self.stopped.set()
         self.wake()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # one that ends may have begun another; nothing writes to a log once it is closed
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
         self.logs.close()
         await self.gpus.close()
 
@@ -223,11 +224,12 @@ class Service:
         """Something has happened that decisions may depend on."""
         self._woken.set()
 
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Do something beside the loop, until the server ends."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
