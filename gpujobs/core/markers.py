@@ -58,7 +58,7 @@ class ContextForm(Form[T]):
 
     @staticmethod
     def _none(value: object) -> T:
-        raise NotImplementedError(value)
+        raise AssertionError(f"{value!r}: read with its context only")
 
     def _call(self, value: object, info: Info) -> object:
         if isinstance(value, Parsed):

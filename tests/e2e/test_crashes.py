@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,7 +133,6 @@ def test_a_kill_while_jobs_run_start_and_wait_disturbs_none_of_them(
     pids = {job: inspect(lab, server.job(job)["container"]["id"])["State"]["Pid"] for job in jobs}
     jobs += [server.submit(script=f"{note(str(n))} {LINES}; exit {n}", **keys) for n in range(2, 7)]
     server.kill()  # two run, two start, three wait, or nearly so
-    time.sleep(0.5)
     server.start()
     names = {}
     for job in jobs[:2]:

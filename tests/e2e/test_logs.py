@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -65,20 +64,23 @@ def test_a_log_is_followed_live_and_to_its_end(server: Server, machine: nvml.Mac
 def test_a_log_is_followed_across_the_death_of_its_server(
     server: Server, machine: nvml.Machine, volume: Path
 ) -> None:
-    script = "n=0; while [ ! -e /v/go ]; do n=$$((n+1)); echo $$n; sleep 0.05; done; echo $$n > /v/last"
+    script = "n=0; while [ ! -e /v/go ]; do n=$$((n+1)); echo $$n; echo $$n > /v/last; sleep 0.05; done"
     job = server.submit(script=script, volumes=[f"{volume}:/v"])
     wait_for(lambda: server.job(job)["state"] == "running", "it runs")
     follower = subprocess.Popen([GPUJOBS, "logs", "-f", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
                                 env={"GPUJOBS_HOST": server.host, "HOME": "/root"})  # fmt: skip
     assert follower.stdout is not None
-    assert follower.stdout.readline() == b"1\n"
+    told = [follower.stdout.readline()]
+    assert told == [b"1\n"]
     server.kill()
     server.start()
-    time.sleep(0.5)
+    written = int(wait_for(lambda: (volume / "last").read_text().strip(), "the program says where it is"))
+    while int(told[-1]) <= written:  # until it follows the server that was started
+        told.append(follower.stdout.readline())
     (volume / "go").touch()
     out, _ = follower.communicate(timeout=30)
     last = int((volume / "last").read_text())
-    assert b"1\n" + out == b"".join(b"%d\n" % n for n in range(1, last + 1))
+    assert b"".join(told) + out == b"".join(b"%d\n" % n for n in range(1, last + 1))
 
 
 def test_a_hundred_megabytes_are_whole_though_the_server_is_killed_while_they_are_written(
