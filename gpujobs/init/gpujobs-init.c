@@ -486,10 +486,12 @@ static int exec_program(char **argv)
 
 static void reset_signals(void)
 {
+    static const unsigned long by_default[4]; /* the kernel's own struct sigaction, zero: SIG_DFL, no flags */
     sigset_t none;
 
+    /* Not by libc, which keeps its hands off its own two (32 and 33): who ignored them would pass that on. */
     for (int number = 1; number < NSIG; number++)
-        signal(number, SIG_DFL); /* SIGKILL, SIGSTOP and libc's own two refuse; right so */
+        syscall(SYS_rt_sigaction, number, by_default, NULL, sizeof(unsigned long)); /* SIGKILL, SIGSTOP refuse */
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
 }

@@ -60,21 +60,23 @@ def environment(lab: Engine, nvml_state: Path) -> Mapping[str, str]:
 
 @contextmanager
 def membership(group: str, *members: Account) -> Iterator[int]:
-    """A group of that name with these members for the time of a test; a group that is there stays."""
+    """A group of that name with these members for the time of a test; a group that is there stays.
+
+    They leave it at the end even where a run that was killed had left them in it.
+    """
     try:
         grp.getgrnam(group)
         ours = False
     except KeyError:
         subprocess.run(["groupadd", "--system", group], check=True)
         ours = True
-    joined = [account.name for account in members if account.name not in grp.getgrnam(group).gr_mem]
     try:
-        for name in joined:
-            subprocess.run(["gpasswd", "--add", name, group], check=True, stdout=subprocess.DEVNULL)
+        for account in members:
+            subprocess.run(["gpasswd", "--add", account.name, group], check=True, stdout=subprocess.DEVNULL)
         yield grp.getgrnam(group).gr_gid
     finally:
-        for name in joined:
-            subprocess.run(["gpasswd", "--delete", name, group], check=True, stdout=subprocess.DEVNULL)
+        for account in members:
+            subprocess.run(["gpasswd", "--delete", account.name, group], check=True, stdout=subprocess.DEVNULL)
         if ours:
             subprocess.run(["groupdel", group], check=True)
 

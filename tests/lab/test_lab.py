@@ -260,9 +260,11 @@ def test_the_hostile_image_does_hand_out_a_group_of_the_host(engine: Engine) -> 
 def test_accounts_are_ordinary_people_without_docker(engine: Engine) -> None:
     first, *others = accounts.ensure()
     assert [account.uid for account in (first, *others)] == [5001, 5002, 5003, 5004, 5005]
-    seen = accounts.run_as(first, ["sh", "-c", 'id -u; id -Gn; pwd; echo "$HOME $EXTRA"; cat'],
+    seen = accounts.run_as(first, ["sh", "-c", 'id -u; id -gn; pwd; echo "$HOME $EXTRA"; cat'],
                            env={"EXTRA": "a b"}, stdin="typed")
     assert seen.stdout == f"5001\ngjlab1\n{first.home}\n{first.home} a b\ntyped"
+    groups = accounts.run_as(first, ["id", "-Gn"]).stdout.split()
+    assert not {"root", "docker", "sudo", "adm", "disk", "video", "render"} & set(groups)
     assert accounts.run_as(first, ["ls", str(others[0].home)]).returncode != 0
     denied = accounts.run_as(first, ["docker", "ps"], env={"DOCKER_HOST": engine.host})
     assert denied.returncode != 0
