@@ -34,7 +34,9 @@ _STEP = re.compile(r"Step (\d+)/(\d+) : (.*)")
 _RUNNING = re.compile(r" ---> Running in ([0-9a-f]{12,64})")
 _CODE = re.compile(r"returned a non-zero code: (\d+)")
 _LINE = re.compile(r"(dockerfile parse error (?:on )?line )(\d+)", re.IGNORECASE)
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_COLOUR = re.compile(r"\x1b\[([0-9;]*)m")
+_STDERR = "91"
+"""The colour that the classic builder gives what a step wrote to its standard error."""
 
 
 class BuildFailed(GpujobsError):
@@ -71,6 +73,8 @@ class Run:
         self._lines = lines
         self._partial = ""
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._complaint = ""
+        self._colour = ""
         self._step = ("", "", "")
         self._container: str | None = None
         self._began = time.time()
@@ -132,7 +136,7 @@ class Run:
             self._partial = ""
 
     def _line(self, line: str) -> str | None:
-        line = _COLOUR.sub("", line.rstrip("\r"))
+        line, complains = self._plain(line.rstrip("\r"))
         for image, name in self._names.items():
             line = line.replace(image, name)
         if not line.strip():
@@ -141,13 +145,26 @@ class Run:
         if (step := _STEP.fullmatch(line)) is not None:
             self._step = (step[1], step[2], step[3])
             self._tail.clear()
+            self._complaint = ""
             self._tell(Progress((), f"building: step {step[1]} of {step[2]}: {step[3][:100]}"))
         elif (running := _RUNNING.match(line)) is not None:
             self._container = running[1]
             return running[1]
         elif not line.startswith((" ---> ", "Removing intermediate container")):
             self._tail.append(line)
+            self._complaint = line if complains else self._complaint
         return None
+
+    def _plain(self, line: str) -> tuple[str, bool]:
+        """A line without colours, and whether the step wrote it to its standard error."""
+        texts, complains = [], False
+        for at, part in enumerate(_COLOUR.split(line)):
+            if at % 2:
+                self._colour = part
+            else:
+                texts.append(part)
+                complains = complains or (self._colour == _STDERR and bool(part.strip()))
+        return "".join(texts), complains
 
     async def _limit(self, container: str) -> None:
         """Bound a step's processes: the builder's own limits have none for them."""
@@ -170,8 +187,9 @@ class Run:
                 f"exit {code}: killed: its memory limit of {self._limits.memory / 2**30:.3g} GiB was reached", code,
                 "Let the step use less memory (fewer parallel compilers), or ask the administrator for more.",
             )  # fmt: skip
-        last = f": {self._tail[-1].strip()[:300]}" if self._tail else ""
-        return self._failed(f"exit {code}{last}", code)
+        # The two streams overtake each other: what was last may be what the step printed before its error.
+        last = self._complaint or (self._tail[-1] if self._tail else "")
+        return self._failed(f"exit {code}{f': {last.strip()[:300]}' if last else ''}", code)
 
     async def _memory_was_full(self) -> bool:
         """Whether the Engine saw the last step's container at its memory limit."""

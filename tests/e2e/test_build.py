@@ -142,13 +142,13 @@ def test_submit_prints_the_id_first_and_the_same_build_again_comes_from_the_acco
 def test_a_failing_build_fails_the_job_with_the_step_and_its_words(
     server: Server, project: Callable[..., Path], alice: Account
 ) -> None:
-    directory = project(f"FROM {BUSYBOX}\nRUN echo about to fail; cat /missing\n")
+    directory = project(f"FROM {BUSYBOX}\nRUN cat /missing; echo about to fail; exit 1\n")
     done = server.cli("run", str(directory / "job.yaml"), user=alice)
     assert done.code == 1
     (row,) = [row for row in server.jobs() if row["state"] == "failed"][-1:]
     assert row["reason"] == "image"
     assert row["message"] == (
-        "the build failed at step 3 of 4, RUN echo about to fail; cat /missing: exit 1: "
+        "the build failed at step 3 of 4, RUN cat /missing; echo about to fail; exit 1: exit 1: "
         "cat: can't open '/missing': No such file or directory"
     )
     assert "about to fail" in done.words
