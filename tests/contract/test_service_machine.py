@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from gpujobs.service.faults import POINTS
+from tests.contract.promises import Promises
 from tests.contract.world import KEEP_ENDED, Settings, World
 
 SEED = int(os.environ.get("GPUJOBS_SEED", "20261124"))
@@ -50,6 +51,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(number=st.integers(0, 2**32 - 1))
     def begin(self, number: int) -> None:
         self.world = World(number)
+        self.promises = Promises(self.world)
         self.world.run_for(1.0)
 
     @property
@@ -136,6 +138,18 @@ class Machine(RuleBasedStateMachine):
     def accounts(self, user: int, how: str) -> None:
         self.w.change_accounts(user, how)
 
+    @rule(user=st.integers(0, 4))
+    def somebody_looks(self, user: int) -> None:
+        self.w.look(user)
+
+    @rule(user=st.integers(0, 4), count=st.integers(2, 9))
+    def every_gpu_is_asked_for(self, user: int, count: int) -> None:
+        self.w.recover()
+        self.w.run_for(6.0)
+        for _ in range(count):
+            self.w.submit(user=user, gpus=1, elements=1, image="local", signal="obeys", time_limit=None, volume=False)
+        self.w.run_for(2.0)
+
     @rule()
     def all_is_well(self) -> None:
         self.w.heal()
@@ -145,7 +159,7 @@ class Machine(RuleBasedStateMachine):
         if self.world is not None:
             counts["steps"] += 1
             try:
-                self.world.check()
+                self.promises.check()
             except BaseException:
                 self.failed = True
                 raise
@@ -156,12 +170,12 @@ class Machine(RuleBasedStateMachine):
         world, self.world = self.world, None
         try:
             if not self.failed:
-                world.finish_all()
+                self.promises.finish_all()
         finally:
             counts["examples"] += 1
             counts["turns"] += world.loop.iterations
             counts["deaths"] += world.deaths
-            counts["jobs"] += len(world.ended)
+            counts["jobs"] += len(self.promises.ended)
             world.close()
 
 
