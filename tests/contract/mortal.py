@@ -25,10 +25,17 @@ class Died(BaseException):
 
 
 class WatchedStore(Store):
-    """The real store, on a loop that waits for its writer, and which dies with its server."""
+    """The real store, on a loop that waits for its writer, and which dies with its server.
 
-    def __init__(self, path: Path, virtual: VirtualLoop) -> None:
+    Args:
+        path: The database.
+        virtual: The loop.
+        lag: After how many turns of the loop an answer comes: what was read may not be so any more.
+    """
+
+    def __init__(self, path: Path, virtual: VirtualLoop, lag: Callable[[], int]) -> None:
         super().__init__(path)
+        self._lag = lag
         self._virtual = virtual
         self._dead = False
         self.full = False
@@ -46,7 +53,10 @@ class WatchedStore(Store):
 
     async def read(self, query: Callable[[Ledger], T]) -> T:
         await self._alive()
-        return await super().read(query)
+        found = await super().read(query)
+        for _ in range(self._lag()):
+            await asyncio.sleep(0)
+        return found
 
     async def _alive(self) -> None:
         if self._dead:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from itertools import pairwise
 from typing import Any
@@ -214,9 +213,6 @@ class Promises:
         assert not self.w.pins, f"pins left behind: {self.w.pins}"
         assert not list(self.w.paths.attempts.iterdir()), "control directories are left behind"
 
-    def _tasks(self) -> list[str]:
-        return [task.get_name() for task in asyncio.all_tasks(self.w.loop)]
-
     def _note(self, row: tuple[Any, ...]) -> str:
         return "" if self.w.service is None else self.w.service.note_of(JobId.of_key(row[0], row[1]))
 
@@ -265,7 +261,7 @@ class Promises:
             written = [record for record in container.output if record in log.records]
             assert written == container.output, f"{container.name}: {log.records} of {container.output}"
         still = self.w.ledger.execute("SELECT number, idx FROM attempts WHERE log_closed = 0").fetchall()
-        assert not still, f"logs that are never closed: {still}, {self._tasks()}"
+        assert not still, f"logs that are never closed: {still}, {self.w.tasks()}"
 
     def _check_whole_machine(self) -> None:
         """A job that needs every GPU runs: nothing is held by anybody any more."""
