@@ -47,7 +47,9 @@ class Promises:
         self._check_ended(rows)
         self._check_gpus()
         self._check_programs()
-        self._check_limits()
+        if self.w.open and not (self.w.full or self.w.slow or self.w.engine.away or self.w.engine.hangs):
+            self._check_limits()
+            self._check_strays()
         if self.w.open and self.w.service is not None:
             self._check_reasons(rows)
         else:
@@ -146,14 +148,21 @@ class Promises:
     def _check_limits(self) -> None:
         """A time limit ends what runs, where the Engine has answered for long enough."""
         world = self.w
-        if not world.open or world.full or world.slow or world.engine.away or world.engine.hangs:
-            return
         for number, index, started, limit in world.ledger.execute(
             "SELECT number, idx, started_at, json_extract(spec, '$.time_limit') FROM jobs "
             "WHERE active = 1 AND started_at IS NOT NULL AND json_extract(spec, '$.time_limit') IS NOT NULL"
         ):
             due = max(started - world.clock.offset + limit, world.troubled) + SLOW
             assert world.loop.time() < due, f"{number}_{index} runs on beyond its time limit"
+
+    def _check_strays(self) -> None:
+        """What bears the secret of an attempt and stands for none is ended: started by hand, or copied."""
+        kept = {row[0] for row in self.w.ledger.execute("SELECT nonce FROM attempts WHERE removed = 0")}
+        for stranger in self.w.strangers:
+            container = stranger.container
+            if container.running and container.labels.get("gpujobs.nonce") in kept:
+                due = max(stranger.since, self.w.troubled) + SLOW
+                assert self.w.loop.time() < due, f"{container.name} runs on without a job"
 
     def _check_reasons(self, rows: list[tuple[Any, ...]]) -> None:
         """Every job that waits by the ledger has a reason at any moment, and none is told for long to be on its way."""

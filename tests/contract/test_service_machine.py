@@ -25,7 +25,7 @@ counts = {"steps": 0, "examples": 0, "turns": 0, "deaths": 0, "jobs": 0}
 
 picks = st.integers(0, 40)
 methods = st.sampled_from(["create", "start", "inspect", "kill", "remove", "containers", "granted"])
-
+forgeries = st.sampled_from(["", "", "labels", "name", "name and labels", "in its place", "copied", "other server"])
 
 submissions = st.fixed_dictionaries(
     {
@@ -116,7 +116,7 @@ class Machine(RuleBasedStateMachine):
     def somebody_meddles_with_a_container(self, pick: int, what: str) -> None:
         (self.w.remove_container if what == "removes" else self.w.start_ended)(pick)
 
-    @rule(pick=picks, forged=st.sampled_from(["", "labels", "name", "other server"]), start=st.booleans())
+    @rule(pick=picks, forged=forgeries, start=st.booleans())
     def somebody_makes_a_container(self, pick: int, forged: str, start: bool) -> None:
         self.w.make_stranger(pick, forged, start=start)
 

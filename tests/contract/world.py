@@ -450,10 +450,22 @@ class World:
         rows = self.jobs()
         if forged == "labels":
             labels = {"gpujobs.server": SERVER, "gpujobs.job": "1", "gpujobs.attempt": "1", "gpujobs.nonce": "0" * 32}
-        elif forged == "name":
+        elif forged in ("name", "name and labels"):
             number = max((row[0] for row in rows), default=0) + 1 + pick % 3
             name = f"gpujobs-{SERVER}-{number}-1"
             self.fate((number, -1)).excuses.add("forged name")
+            if forged != "name":
+                labels = {"gpujobs.server": SERVER, "gpujobs.job": str(number), "gpujobs.attempt": "1",
+                          "gpujobs.nonce": "0" * 32}  # fmt: skip
+        elif forged in ("in its place", "copied"):
+            ours = [c for c in self.engine.containers.values() if c.made_by == "server"]
+            if not ours:
+                return
+            copied = ours[pick % len(ours)]
+            labels = copied.labels
+            if forged == "in its place":
+                name, labels["gpujobs.nonce"] = copied.name, "0" * 32
+                self.remove_container(pick)
         elif forged == "other server":
             labels = {"gpujobs.server": "0ther001", "gpujobs.job": "1"}
         if any(c.name == name for c in self.engine.containers.values()):
