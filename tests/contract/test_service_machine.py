@@ -1,6 +1,7 @@
-"""The whole service through tens of thousands of random events, every promise checked after each.
+"""The whole service through thousands of random events, every promise checked after each.
 
-GPUJOBS_SEED chooses another course; a failure is shrunk to the few events that lead to it and printed as a program.
+The course is the same each time; GPUJOBS_SEED chooses another, GPUJOBS_SOAK=1 goes through hundreds of thousands of
+events. A failure is shrunk to the few events that lead to it and printed as a program.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.contract.world import KEEP_ENDED, Settings, World
 
 SEED = int(os.environ.get("GPUJOBS_SEED", "20261124"))
 SOAK = bool(os.environ.get("GPUJOBS_SOAK"))
-EXAMPLES = 2500 if SOAK else 260
+EXAMPLES = 2000 if SOAK else 90
 STEPS = 120
 
 counts = {"steps": 0, "examples": 0, "turns": 0, "deaths": 0, "jobs": 0}
@@ -188,4 +189,4 @@ def test_every_promise_holds_whatever_happens_in_whatever_order() -> None:
     )  # fmt: skip
     run_state_machine_as_test(seed(SEED)(Machine), settings=options)
     print(counts)
-    assert counts["steps"] > EXAMPLES * STEPS * 0.7, counts
+    assert counts["steps"] > EXAMPLES * STEPS * 0.6, counts
