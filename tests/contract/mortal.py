@@ -30,10 +30,11 @@ class WatchedStore(Store):
     Args:
         path: The database.
         virtual: The loop.
-        lag: After how many turns of the loop an answer comes: what was read may not be so any more.
+        lag: How many seconds later an answer comes: what was read may not be so any more, and what was
+            written is not known yet.
     """
 
-    def __init__(self, path: Path, virtual: VirtualLoop, lag: Callable[[], int]) -> None:
+    def __init__(self, path: Path, virtual: VirtualLoop, lag: Callable[[], float]) -> None:
         super().__init__(path)
         self._lag = lag
         self._virtual = virtual
@@ -49,14 +50,15 @@ class WatchedStore(Store):
         answer, told = asyncio.wrap_future(future), Future[None]()
         future.add_done_callback(lambda _: told.set_result(None))  # after the one that wakes the loop
         self._virtual.await_thread(lambda: self._inbox.put((action, future)), told)
-        return await answer
+        return await self._late(await answer)
 
     async def read(self, query: Callable[[Ledger], T]) -> T:
         await self._alive()
-        found = await super().read(query)
-        for _ in range(self._lag()):
-            await asyncio.sleep(0)
-        return found
+        return await self._late(await super().read(query))
+
+    async def _late(self, answer: T) -> T:
+        await asyncio.sleep(self._lag())
+        return answer
 
     async def _alive(self) -> None:
         if self._dead:

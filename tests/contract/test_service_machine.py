@@ -151,6 +151,13 @@ class Machine(RuleBasedStateMachine):
             self.w.submit(user=user, gpus=1, elements=1, image="local", signal="obeys", time_limit=None, volume=False)
         self.w.run_for(2.0)
 
+    @rule(user=st.integers(0, 4), turns=st.integers(1, 150))
+    def a_start_is_cancelled(self, user: int, turns: int) -> None:
+        self.w.recover()
+        self.w.submit(user=user, gpus=1, elements=1, image="local", signal="ignores", time_limit=None, volume=False)
+        self.w.run_turns(turns)
+        self.w.cancel(-1)
+
     @rule()
     def all_is_well(self) -> None:
         self.w.heal()

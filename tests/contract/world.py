@@ -87,7 +87,7 @@ class World:
         self.gpus = FakeGpus(inventory)
         self.engine = FakeEngine(self.clock, {gpu.uuid: gpu.index for gpu in inventory.gpus})
         self.engine.latency = self._latency
-        self.reading: Callable[[], int] = lambda: self.random.choice((0, 0, 1, 5))
+        self.lag: Callable[[], float] = lambda: self.random.choice((0.0, 0.0, 0.001, 0.02))
         self.engine.death = lambda: self.random.choice((0.0, 0.01, 0.3, 2.0))
         self.engine.on_signal = self._on_signal
         self.engine.on_start = self._on_start
@@ -145,9 +145,6 @@ class World:
 
     def _latency(self) -> float:
         return self.random.choice((0.0, 0.001, 0.01, 0.05) if not self.slow else (0.1, 0.5, 2.0))
-
-    def _lag(self) -> int:
-        return self.reading()
 
     @staticmethod
     def _on_signal(container: FakeContainer, signal: str) -> int | None:
@@ -217,7 +214,7 @@ class World:
         images = FakeImages(self.engine, self.there, self.registry)
         mounts = MortalMounts(self.pins)
         mounts.held, mounts.stuck = self.held, self.stuck_pins
-        store = WatchedStore(self.paths.state / "state.sqlite", self.loop, self._lag)
+        store = WatchedStore(self.paths.state / "state.sqlite", self.loop, lambda: self.lag())  # noqa: PLW0108 - it changes
         store.full = self.full
         self._parts = [runner, images, mounts, store]
         self.dead = False

@@ -1,4 +1,4 @@
-"""What is told of a job that waits, at every moment in which somebody can ask, and what it is given at last."""
+"""A job's way to its start, moment by moment: what is told while it waits, what it is given, what a cancel meets."""
 
 from __future__ import annotations
 
@@ -42,12 +42,29 @@ def test_a_job_has_a_reason_at_every_moment_from_the_disk_to_its_start(world: Wo
 @pytest.mark.parametrize("turns", range(TURNS))
 def test_whoever_asks_while_a_job_starts_is_told_a_reason_or_that_it_starts(world: World, turns: int) -> None:
     world.random.randrange = lambda *_: 1  # type: ignore[method-assign]
-    world.reading = lambda: 3
+    world.lag = lambda: 0.01
     submit(world, gpus=1, elements=3)
     world.run_turns(turns)
     world.look(0)
     world.run_for(1.0)
     assert world.wrong == []
+
+
+@pytest.mark.parametrize("turns", range(8, 112))
+def test_a_job_that_is_cancelled_at_any_moment_of_its_start_does_not_run_on(world: World, turns: int) -> None:
+    promises = Promises(world)
+    world.engine.latency = lambda: 0.003
+    world.lag = lambda: 0.01
+    submit(world, gpus=1)
+    world.run_turns(turns)
+    world.cancel(-1)
+    for _ in range(60):
+        world.run_turns(1)
+        promises.check()
+    world.run_for(30.0)
+    promises.check()
+    assert [row[2] for row in world.jobs()] == ["cancelled"]
+    assert not [c for c in world.engine.containers.values() if c.running]
 
 
 def test_a_job_that_waits_while_the_driver_is_away_at_a_restart_gets_its_own_share_of_the_memory(world: World) -> None:
