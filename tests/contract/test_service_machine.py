@@ -19,7 +19,7 @@ from tests.contract.world import KEEP_ENDED, Settings, World
 
 SEED = int(os.environ.get("GPUJOBS_SEED", "20261124"))
 SOAK = bool(os.environ.get("GPUJOBS_SOAK"))
-EXAMPLES = 2000 if SOAK else 90
+EXAMPLES = 2000 if SOAK else 60
 STEPS = 120
 
 counts = {"steps": 0, "examples": 0, "turns": 0, "deaths": 0, "jobs": 0}
