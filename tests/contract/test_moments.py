@@ -67,6 +67,22 @@ def test_a_job_that_is_cancelled_at_any_moment_of_its_start_does_not_run_on(worl
     assert not [c for c in world.engine.containers.values() if c.running]
 
 
+@pytest.mark.parametrize("turns", range(8, 112, 3))
+def test_a_cancel_that_is_on_disk_counts_whenever_the_server_dies_after_it(world: World, turns: int) -> None:
+    promises = Promises(world)
+    world.engine.latency = lambda: 0.003
+    submit(world, gpus=1)
+    world.run_turns(turns)
+    world.cancel(-1)
+    world.run_turns(3)
+    world.kill()
+    (recorded,) = [row[2] for row in world.jobs()]
+    world.run_for(60.0)
+    promises.check()
+    ends = recorded in ("stopping", "cancelled")
+    assert [row[2] for row in world.jobs()] == ["cancelled" if ends else "running"]
+
+
 def test_a_job_that_waits_while_the_driver_is_away_at_a_restart_gets_its_own_share_of_the_memory(world: World) -> None:
     submit(world, gpus=8)
     world.run_for(5.0)
