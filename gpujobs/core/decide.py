@@ -76,17 +76,22 @@ class View:
     avoid: Mapping[str, str] = field(default_factory=dict)
 
 
-def shape_of(spec: JobSpec, inventory: Inventory, host: Host, policy: Policy) -> Shape:
-    """What a job needs, with the defaults filled in: memory is the asked GPUs' share of the host's."""
-    usable = host.memory * (1 - policy.memory_reserve)
-    count = spec.gpus.count
-    if spec.mem_limit is not None:
-        memory = spec.mem_limit
-    elif count:
-        memory = int(usable * min(1.0, count / max(1, len(inventory.gpus))))
-    else:
-        memory = int(min(policy.cpu_job_memory, usable / 2))
-    return Shape(gpus=spec.gpus, cpus=spec.cpus or 0.0, memory=memory)
+def shape_of(spec: JobSpec) -> Shape:
+    """What a job asks for. It depends on nothing else, so it holds however long the job waits."""
+    return Shape(gpus=spec.gpus, cpus=spec.cpus or 0.0, memory=spec.mem_limit)
+
+
+def memory_of(shape: Shape, view: View) -> int:
+    """The memory limit of a job that starts now, in bytes: what it asks for, else its GPUs' share of the host's.
+
+    The share is of the GPUs that are seen, and there are none while the driver is away: it is made at the start.
+    """
+    if shape.memory is not None:
+        return shape.memory
+    usable = view.host.memory * (1 - view.policy.memory_reserve)
+    if shape.gpus.count:
+        return int(usable * min(1.0, shape.gpus.count / max(1, len(view.inventory.gpus))))
+    return int(min(view.policy.cpu_job_memory, usable / 2))
 
 
 def check_possible(shape: Shape, view: View) -> None:
@@ -100,7 +105,7 @@ def check_possible(shape: Shape, view: View) -> None:
             f"cpus: {shape.cpus:g} asked, this machine has {view.host.cpus:g}",
             hint=f"Ask for {view.host.cpus:g} or fewer.",
         )
-    if shape.memory > view.host.memory:
+    if shape.memory is not None and shape.memory > view.host.memory:
         raise Refused(
             f"mem_limit: {shape.memory / GIB:.1f} GiB asked, this machine has {view.host.memory / GIB:.1f} GiB",
             hint="Ask for less memory.",
@@ -163,7 +168,7 @@ def _starts(view: View) -> list[Start]:
         outcome = place(shape.gpus, held, view.avoid, view.inventory)
         if isinstance(outcome, NoPlacement):
             break
-        start = _start(job, shape, outcome)
+        start = _start(job, shape, outcome, view)
         for uuid in start.allocation.gpus:
             held[uuid] = (*held.get(uuid, ()), Holding(job=str(job), share=shape.gpus.share))
         starts.append(start)
@@ -174,7 +179,7 @@ def _starts(view: View) -> list[Start]:
         if not cpus_suffice(shape, used, view.host):
             break
         used += shape.cpus or 1.0
-        starts.append(Start(job=job, allocation=Allocation(cpus=shape.cpus, memory=shape.memory)))
+        starts.append(Start(job=job, allocation=Allocation(cpus=shape.cpus, memory=memory_of(shape, view))))
         queue = queue.dequeue(job)
     return starts
 
@@ -197,6 +202,6 @@ def _head(queue: QueueState, *, with_gpus: bool) -> tuple[JobId, Shape] | None:
     return JobId.of_key(*key), shape
 
 
-def _start(job: JobId, shape: Shape, placement: Placement) -> Start:
-    allocation = Allocation(gpus=placement.uuids, cpus=shape.cpus, memory=shape.memory)
+def _start(job: JobId, shape: Shape, placement: Placement, view: View) -> Start:
+    allocation = Allocation(gpus=placement.uuids, cpus=shape.cpus, memory=memory_of(shape, view))
     return Start(job=job, allocation=allocation, choices=placement.choices)

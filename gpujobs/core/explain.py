@@ -18,6 +18,10 @@ class Wait:
     message: str
 
 
+PASSING = Wait("resources", "its place in the queue is changing at this moment")
+"""Of a job that the queue has not, for the blink between what is on disk and what the view was made of."""
+
+
 class Explainer:
     """Answers for one view; the work for the jobs in front is done once.
 
@@ -30,10 +34,10 @@ class Explainer:
         self._fronts: dict[bool, tuple[JobId, Wait] | None] = {}
 
     def why(self, job: JobId) -> Wait:
-        """Why a waiting job has not started."""
+        """Why a waiting job has not started; there is always a reason."""
         shape = self._view.queue.shapes.get(job.key)
         if shape is None:
-            return Wait("", "")
+            return PASSING
         front = self._front(with_gpus=bool(shape.gpus.count))
         if front is None or front[0] == job:
             return front[1] if front is not None else Wait("resources", "it starts next")

@@ -13,7 +13,7 @@ from typing import Any
 from gpujobs.core import export
 from gpujobs.core.container import Image, Mount, Order, cpus_near
 from gpujobs.core.cuda import needs_newer_driver
-from gpujobs.core.decide import View, check_possible, holdings, shape_of
+from gpujobs.core.decide import View, check_possible, holdings, memory_of, shape_of
 from gpujobs.core.job import Allocation, JobId, Owner
 from gpujobs.core.place import Choice, NoPlacement, place
 from gpujobs.core.spec import JobSpec
@@ -47,12 +47,12 @@ def plan(
     Raises:
         Refused: It can never run there.
     """
-    shape = shape_of(spec, view.inventory, view.host, view.policy)
+    shape = shape_of(spec)
     check_possible(shape, view)
     outcome = place(shape.gpus, holdings(view.queue.active), view.avoid, view.inventory)
     if isinstance(outcome, NoPlacement):
         return Plan(gpus=(), reasons=outcome.choices, starts=False, message=outcome.message, order=None)
-    allocation = Allocation(gpus=outcome.uuids, cpus=shape.cpus, memory=shape.memory)
+    allocation = Allocation(gpus=outcome.uuids, cpus=shape.cpus, memory=memory_of(shape, view))
     chosen = [gpu for uuid in outcome.uuids if (gpu := view.inventory.by_uuid(uuid)) is not None]
     home = f"/home/{owner.name}"
     mounts = tuple(

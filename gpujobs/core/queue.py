@@ -23,11 +23,15 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What a waiting job needs to start; jobs of one shape are interchangeable but for their order."""
+    """What a waiting job needs to start; jobs of one shape are interchangeable but for their order.
+
+    Attributes:
+        memory: The memory that it asks for, in bytes; None where that is left to its start.
+    """
 
     gpus: GpuRequest
     cpus: float
-    memory: int
+    memory: int | None
 
 
 @dataclass(frozen=True, slots=True)

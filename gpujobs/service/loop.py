@@ -351,7 +351,7 @@ class Service:
         else:
             self.active.pop(job.id, None)
         if not (isinstance(job.state, jobs.Queued) and self.contexts.awaits(job)):
-            shape = shape_of(job.spec, self.inventory, self._host, self._policy)
+            shape = shape_of(job.spec)
             self.holds.apply(job, shape)
             if not (isinstance(job.state, jobs.Queued) and self.holds.reason(job)):
                 self._queue = self._queue.apply(job, shape)
@@ -546,10 +546,7 @@ class Service:
         self._check_numbers(owner, [specs for _, _, specs in files])
         await self.gpus.look()
         view = self.view()
-        shapes = {
-            shape_of(spec, self.inventory, self._host, self._policy) for _, _, specs in files for _, spec in specs
-        }
-        for shape in shapes:
+        for shape in {shape_of(spec) for _, _, specs in files for _, spec in specs}:
             check_possible(shape, view)
         images = {spec.image for _, _, specs in files for _, spec in specs if spec.gpus.count and spec.image}
         await self._check_drivers(owner, images)

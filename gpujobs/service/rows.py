@@ -46,8 +46,10 @@ def row(service: Service, job: Job, explainer: Explainer, asker: Asker) -> Row:
     """One row of ``ps``, as far as this asker may see it.
 
     Of others' jobs it says why they wait, but not what became of them in words: these are of their paths, images and
-    logs.
+    logs. One that was read as waiting and has started since is shown as it is now.
     """
+    if isinstance(job.state, Queued):
+        job = service.active.get(job.id, job)
     state = job.state
     reason, message = getattr(state, "reason", ""), getattr(state, "message", "")
     inside, named = asker.may_act(job), not discreet(service, asker)

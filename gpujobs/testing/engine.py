@@ -128,7 +128,9 @@ class FakeEngine:
         latency: Seconds that a call waits before it takes effect, and again before it is answered.
         death: Seconds from a signal until the process that it ends has gone.
         on_signal: With which code a released program ends at a signal; None where it goes on.
+        on_create: Called when a container is made.
         on_start: Called when a container starts.
+        on_release: Called when a container's program is let run.
         greeting: What a program writes when it begins.
         extra: Device numbers that every container is granted besides its own.
     """
@@ -139,7 +141,9 @@ class FakeEngine:
         self.latency: Callable[[], float] = lambda: 0.0
         self.death: Callable[[], float] = lambda: 0.0
         self.on_signal: Callable[[FakeContainer, str], int | None] = lambda _, signal: {"SIGTERM": 143}.get(signal)
+        self.on_create: Callable[[FakeContainer], None] = lambda _: None
         self.on_start: Callable[[FakeContainer], None] = lambda _: None
+        self.on_release: Callable[[FakeContainer], None] = lambda _: None
         self.extra: frozenset[int] = frozenset()
         self.greeting = b"begun\n"
         self.containers: dict[str, FakeContainer] = {}
@@ -182,6 +186,7 @@ class FakeEngine:
         self.containers[container.id] = container
         self.history.append(container)
         self._event("create", container)
+        self.on_create(container)
         return container
 
     def start(self, container: FakeContainer) -> None:
@@ -203,6 +208,7 @@ class FakeEngine:
     def _release(self, container: FakeContainer) -> None:
         container.released = True
         container.runs += 1
+        self.on_release(container)
         if self.greeting:
             self.write(container, self.greeting)
 

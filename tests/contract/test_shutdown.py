@@ -24,6 +24,6 @@ def test_nothing_writes_to_a_log_once_the_server_has_let_go_of_it(world: World) 
     assert len(world.running()) == 2
     assert world.service is not None
     world.loop.run_until_complete(world.service.shut_down())
-    assert not [name for name in world._tasks() if name.startswith(("log ", "attempt "))], world._tasks()
+    assert not [name for name in world.tasks() if name.startswith(("log ", "attempt "))], world.tasks()
     assert len(world.running()) == 2, "they run on"
     assert world.wrong == []

@@ -12,14 +12,13 @@ import random
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from gpujobs.adapters.store import Ledger, Store
+from starlette.requests import Request
+
 from gpujobs.core.accounts import Account
 from gpujobs.core.decide import Host
 from gpujobs.core.errors import GpujobsError, Unavailable
@@ -27,104 +26,26 @@ from gpujobs.core.inventory import Health, Process
 from gpujobs.core.job import JobId, Owner
 from gpujobs.core.ports import EngineAway, EngineError, Paths
 from gpujobs.core.spec import GpuRequest, JobSpec, Volume
-from gpujobs.service import attempts, loop, tidy
-from gpujobs.service import rows as rows_of_api
+from gpujobs.service import api, attempts, loop, tidy
 from gpujobs.service.access import Asker, Directory
 from gpujobs.service.loop import Service
 from gpujobs.settings import Settings
 from gpujobs.testing import FakeGpus, dgx_a100
 from gpujobs.testing.engine import FakeContainer, FakeEngine, FakeRunner
 from gpujobs.testing.logs import MemoryLog, MemoryLogs
-from gpujobs.testing.parts import AnyAccounts, FakeImages, FakeMounts
+from gpujobs.testing.parts import FakeImages
 from gpujobs.testing.time import VirtualClock, VirtualLoop
+from tests.contract.mortal import Accounts, Complaints, Died, MortalMounts, WatchedStore
 
-T = TypeVar("T")
 Key = tuple[int, int]
 
 GIB = 2**30
 ENDED = ("succeeded", "failed", "cancelled")
 HOST = Host(cpus=8.0, memory=256 * GIB)
-SLOW = 90.0
-"""Virtual seconds in which whatever is due must have been done; the longest hold of a mount is 30."""
 KNOWN = 5.0
 """Virtual seconds in which what happens in an Engine that answers quickly must be known."""
 KEEP_ENDED = 600.0
 SERVER = "5eed0001"
-
-
-class Died(BaseException):
-    """The server was killed at a fault point."""
-
-
-class WatchedStore(Store):
-    """The real store, on a loop that waits for its writer, and which dies with its server."""
-
-    def __init__(self, path: Path, virtual: VirtualLoop) -> None:
-        super().__init__(path)
-        self._virtual = virtual
-        self._dead = False
-        self.full = False
-
-    async def change(self, action: Callable[[Ledger], T]) -> T:
-        await self._alive()
-        if self.full:
-            await asyncio.sleep(0)
-            raise Unavailable("nothing was written: the disk is full")
-        future: Future[T] = Future()
-        answer, told = asyncio.wrap_future(future), Future[None]()
-        future.add_done_callback(lambda _: told.set_result(None))  # after the one that wakes the loop
-        self._virtual.await_thread(lambda: self._inbox.put((action, future)), told)
-        return await answer
-
-    async def read(self, query: Callable[[Ledger], T]) -> T:
-        await self._alive()
-        return await super().read(query)
-
-    async def _alive(self) -> None:
-        if self._dead:
-            await asyncio.get_running_loop().create_future()
-
-    def cut(self) -> None:
-        """Its process is dead; what has been handed over is written or not."""
-        self._dead = True
-
-
-class MortalMounts(FakeMounts):
-    """Mounts whose caller can die."""
-
-    def __init__(self, pins: set[str]) -> None:
-        super().__init__(pins)
-        self.dead = False
-
-    def _check(self, path: str) -> None:
-        if self.dead:
-            raise asyncio.CancelledError
-        super()._check(path)
-
-    async def unpin(self, name: str) -> None:
-        if not self.dead:
-            await super().unpin(name)
-
-
-class Accounts(AnyAccounts):
-    """Accounts that expire, in a database that may not answer."""
-
-    silent = False
-
-    def by_uid(self, uid: int) -> Account:
-        self._check()
-        return super().by_uid(uid)
-
-    def group_names(self, owner: Owner) -> list[tuple[int, str]]:
-        self._check()
-        return super().group_names(owner)
-
-    def _check(self) -> None:
-        if self.silent:
-            raise Unavailable("the account database did not answer")
-
-    def expire(self, uid: int, *, expired: bool) -> None:
-        self.known[uid] = replace(self.known[uid], expired=expired)
 
 
 @dataclass
@@ -166,9 +87,12 @@ class World:
         self.gpus = FakeGpus(inventory)
         self.engine = FakeEngine(self.clock, {gpu.uuid: gpu.index for gpu in inventory.gpus})
         self.engine.latency = self._latency
+        self.lag: Callable[[], float] = lambda: self.random.choice((0.0, 0.0, 0.001, 0.02))
         self.engine.death = lambda: self.random.choice((0.0, 0.01, 0.3, 2.0))
         self.engine.on_signal = self._on_signal
         self.engine.on_start = self._on_start
+        self.engine.on_create = self._on_create
+        self.engine.on_release = self._on_release
         self.people = [
             Owner(uid=5001 + n, gid=5001 + n, groups=(5001 + n,), name=f"gjlab{n + 1}", home=f"/home/gjlab{n + 1}")
             for n in range(5)
@@ -188,16 +112,14 @@ class World:
         self.accounts_troubled = False  # ever
         self.stuck_pins = False
         self.full = False
-        self.ended: dict[Key, tuple[Any, ...]] = {}
-        self.decided: set[tuple[int, int, int]] = set()
+        self.gpu_troubles: dict[str, tuple[float, str]] = {}
         self.armed: tuple[str, int] | None = None
         self.deaths = 0
         self.service: Service | None = None
         self.open = False  # clients can connect
-        self._idle_since: float | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self.serving: asyncio.Task[None] | None = None
         self._parts: list[Any] = []
-        self._handler = _Complaints(self.wrong)
+        self._handler = Complaints(self.wrong)
         logging.getLogger("gpujobs").addHandler(self._handler)
         logging.getLogger("gpujobs").propagate = False
         self.loop.set_exception_handler(self._complain)
@@ -230,9 +152,39 @@ class World:
         words = container.request.get("Cmd") or [""]
         return {"obeys": 143, "handles": 7}.get(words[-1])
 
+    def _attempt(self, container: FakeContainer, columns: str) -> tuple[Any, ...] | None:
+        """What the ledger's file says of the attempt that a container was made for."""
+        found: tuple[Any, ...] | None = self.ledger.execute(
+            f"SELECT {columns} FROM attempts WHERE name = ? AND nonce = ?",
+            (container.name, container.labels.get("gpujobs.nonce")),
+        ).fetchone()
+        return found
+
+    def _on_create(self, container: FakeContainer) -> None:
+        """Decisions are on disk before the Engine is touched."""
+        if container.made_by != "server":
+            return
+        recorded = self._attempt(container, "allocation")
+        if recorded is None:
+            self.wrong.append(f"{container.name} is made before the decision is on disk")
+        elif container.gpus != frozenset(json.loads(recorded[0]).get("gpus") or ()):
+            self.wrong.append(f"{container.name} is made for {set(container.gpus)}, decided was {recorded[0]}")
+
+    def _on_release(self, container: FakeContainer) -> None:
+        """So is that a program runs, before it does: else it could be let run again."""
+        if container.made_by == "server" and self._attempt(container, "1") is not None:
+            (number, index) = key_of(container)
+            state, started = self.ledger.execute(
+                "SELECT state, started_at FROM jobs WHERE (number, idx) = (?, ?)", (number, index)
+            ).fetchone()
+            if started is None:
+                self.wrong.append(f"the program of {container.name} runs, and the ledger says {state}")
+
     def _on_start(self, container: FakeContainer) -> None:
         if container.made_by != "server":
             return
+        if self._attempt(container, "container") != (container.id,):
+            self.wrong.append(f"{container.name} starts before the ledger has it")
         just_now = {s.container.id for s in self.strangers if self.loop.time() < max(s.since, self.troubled) + KNOWN}
         for other in self.engine.containers.values():
             ours = other is not container and other.made_by == "server" and other.id not in just_now
@@ -262,7 +214,7 @@ class World:
         images = FakeImages(self.engine, self.there, self.registry)
         mounts = MortalMounts(self.pins)
         mounts.held, mounts.stuck = self.held, self.stuck_pins
-        store = WatchedStore(self.paths.state / "state.sqlite", self.loop)
+        store = WatchedStore(self.paths.state / "state.sqlite", self.loop, lambda: self.lag())  # noqa: PLW0108 - it changes
         store.full = self.full
         self._parts = [runner, images, mounts, store]
         self.dead = False
@@ -271,7 +223,7 @@ class World:
             logs=MemoryLogs(self.logs), gpus=self.gpus, mounts=mounts, directory=Directory(None, self.accounts),
             clock=self.clock, host=HOST, timezone="", still_alone=self._alone,
         )  # fmt: skip
-        self._serving = self.loop.create_task(self._serve(self.service))
+        self.serving = self.loop.create_task(self._serve(self.service))
 
     async def _alone(self) -> bool:
         return True
@@ -299,7 +251,7 @@ class World:
         self.deaths += 1
         self._end_tasks()
         store.close()
-        self.service, self._serving = None, None
+        self.service, self.serving = None, None
         self.armed = None
         self.troubled = self.loop.time()
 
@@ -331,8 +283,8 @@ class World:
         self.engine.poll()
         if self.dead and self.service is not None:
             self.kill()
-        if self._serving is not None and self._serving.done() and not self.dead:
-            error = self._serving.exception()
+        if self.serving is not None and self.serving.done() and not self.dead:
+            error = self.serving.exception()
             if isinstance(error, EngineAway | Unavailable):  # exit 4 in words; the service manager starts it again
                 self.kill()
             elif error is not None:
@@ -402,6 +354,26 @@ class World:
         self._ask(self.service.stop(JobId.of_key(number, index), "cancelled", "cancelled"), lambda task: None)
         self.run_turns(2)
 
+    def look(self, user: int) -> None:
+        """Somebody asks for the queue: whatever happens meanwhile, every job in it has a reason."""
+        if not self.open:
+            return
+        assert self.service is not None
+        asker = Asker(self.people[user], admin=False)
+        request = Request({"type": "http", "query_string": b""})
+
+        async def listed() -> list[dict[str, Any]]:
+            response = await api.listing(self.service, asker, request)
+            found: list[dict[str, Any]] = json.loads(b"".join([part async for part in response.body_iterator]))["jobs"]
+            return found
+
+        def done(task: asyncio.Task[Any]) -> None:
+            if task.exception() is None:
+                self.wrong += [told for row in task.result() if (told := wrong_of_waiting(row))]
+
+        self._ask(listed(), done)
+        self.run_turns(self.random.randrange(1, 4))
+
     def running(self) -> list[FakeContainer]:
         """Our containers whose programs run."""
         return [c for c in self.engine.containers.values() if c.made_by == "server" and c.running and c.released]
@@ -425,9 +397,9 @@ class World:
         if method in ("create", "start") and kind.startswith("refused"):
             for key in self.starting():
                 self.fate(key).excuses.add("refused")
-            self._refused_next = True
+            self.refused_next = True
 
-    _refused_next = False
+    refused_next = False
 
     def starting(self) -> list[Key]:
         return [(row[0], row[1]) for row in self.jobs() if row[2] in ("starting", "pulling")]
@@ -475,10 +447,22 @@ class World:
         rows = self.jobs()
         if forged == "labels":
             labels = {"gpujobs.server": SERVER, "gpujobs.job": "1", "gpujobs.attempt": "1", "gpujobs.nonce": "0" * 32}
-        elif forged == "name":
+        elif forged in ("name", "name and labels"):
             number = max((row[0] for row in rows), default=0) + 1 + pick % 3
             name = f"gpujobs-{SERVER}-{number}-1"
             self.fate((number, -1)).excuses.add("forged name")
+            if forged != "name":
+                labels = {"gpujobs.server": SERVER, "gpujobs.job": str(number), "gpujobs.attempt": "1",
+                          "gpujobs.nonce": "0" * 32}  # fmt: skip
+        elif forged in ("in its place", "copied"):
+            ours = [c for c in self.engine.containers.values() if c.made_by == "server"]
+            if not ours:
+                return
+            copied = ours[pick % len(ours)]
+            labels = copied.labels
+            if forged == "in its place":
+                name, labels["gpujobs.nonce"] = copied.name, "0" * 32
+                self.remove_container(pick)
         elif forged == "other server":
             labels = {"gpujobs.server": "0ther001", "gpujobs.job": "1"}
         if any(c.name == name for c in self.engine.containers.values()):
@@ -507,18 +491,23 @@ class World:
             return
         elif how == "lost":
             self.gpus.lose(uuid)
+            self.gpu_troubles[uuid] = (self.loop.time(), how)
         elif how == "back":
             self.gpus.change(uuid, health=Health.OK)
+            self.gpu_troubles.pop(uuid, None)
         elif how == "occupied":
             self.gpus.occupy(uuid, Process(pid=99, name="python", user="eve", memory_bytes=1 << 30))
+            self.gpu_troubles[uuid] = (self.loop.time(), how)
         elif how == "free":
             self.gpus.occupy(uuid)
+            self.gpu_troubles.pop(uuid, None)
 
     def driver(self, *, there: bool) -> None:
         if not there:
             self.gpus.unload_driver()
         elif self.gpus.inventory.problem:
             self.gpus.inventory = self.machine
+            self.gpu_troubles.clear()
 
     def hold_mount(self, *, held: bool) -> None:
         (self.held.add if held else self.held.discard)("/nfs/data")
@@ -528,6 +517,7 @@ class World:
         self._parts[2].stuck = stuck
 
     def fill_disk(self, *, full: bool) -> None:
+        self.troubled = self.loop.time() if self.full else self.troubled
         self.full = full
         self._parts[3].full = full
 
@@ -538,20 +528,26 @@ class World:
         else:
             self.accounts.silent = how == "silent"
 
-    def heal(self) -> None:
-        """Everything is well again, and nobody else is on the machine."""
+    def recover(self) -> None:
+        """The server and what it depends on are well again; who else is on the machine stays."""
         self.armed = None
         self.slow = False
         self.engine.heal()
         self.engine.hangs = False
         self.engine_returns(live_restore=True)
-        self.gpus.inventory = self.machine
+        self.driver(there=True)
         self.hold_mount(held=False)
         self.stick_pins(stuck=False)
         self.fill_disk(full=False)
         self.accounts.silent = False
         for person in self.people:
             self.accounts.expire(person.uid, expired=False)
+
+    def heal(self) -> None:
+        """Everything is well again, and nobody else is on the machine."""
+        self.recover()
+        self.gpus.inventory = self.machine
+        self.gpu_troubles.clear()
         for container in list(self.engine.containers.values()):
             if container.made_by == "hand":
                 self.engine.remove(container)
@@ -570,203 +566,9 @@ class World:
     def row(self, key: Key) -> tuple[Any, ...]:
         return next(row for row in self.jobs() if (row[0], row[1]) == key)
 
-    def check(self) -> None:
-        """Everything that must hold at any moment."""
-        assert not self.wrong, "\n".join(self.wrong)
-        rows = self.jobs()
-        known = {(row[0], row[1]) for row in rows}
-        for submission in self.submissions:
-            assert submission.answered is None or known.issuperset(submission.answered), "an accepted job is lost"
-        self._check_ended(rows)
-        self._check_gpus()
-        self._check_programs()
-        if self.open and self.service is not None:
-            self._check_reasons(rows)
-        else:
-            self._idle_since = None
-        if self._serving is not None and self._serving.done() and not self._serving.cancelled():
-            assert self._serving.exception() is None, repr(self._serving.exception())
-
-    def _check_ended(self, rows: list[tuple[Any, ...]]) -> None:
-        for number, index, state, attempt, code, reason, _ in rows:
-            if state in ENDED:
-                now = (state, attempt, code, reason)
-                assert self.ended.setdefault((number, index), now) == now, f"{number}_{index} ended twice"
-                assert attempt <= 1, "a job was started again"
-            else:
-                assert (number, index) not in self.ended, f"{number}_{index} had ended and is {state}"
-
-    def _check_gpus(self) -> None:
-        """No GPU is given twice by the ledger, nor one that somebody else was seen to have."""
-        held: dict[str, Any] = {}
-        waiting = self._waiting_for_gpus()
-        for number, index, attempt, allocation, decided in self.ledger.execute(
-            "SELECT number, idx, a.attempt, allocation, decided_at FROM attempts a JOIN jobs j USING (number, idx) "
-            "WHERE j.active = 1 AND j.state <> 'queued' AND a.attempt = j.attempt"
-        ):
-            gpus = json.loads(allocation).get("gpus") or ()
-            if gpus and (number, index, attempt) not in self.decided:
-                passed = [key for key in waiting if key < (number, index)]
-                assert not passed, f"{number}_{index} has passed {passed}"
-            for uuid in gpus:
-                assert uuid not in held, f"{uuid} is given to {number}_{index} and to {held[uuid]}"
-                held[uuid] = f"{number}_{index}"
-            if (number, index, attempt) in self.decided:
-                continue
-            self.decided.add((number, index, attempt))
-            at = decided - self.clock.offset
-            for stranger in self.strangers:
-                prompt = not (self.engine.away or self.engine.hangs or self.slow)
-                known = prompt and at > max(stranger.since, self.troubled) + KNOWN
-                taken = stranger.container.gpus & set(gpus)
-                if known and taken and not stranger.container.gone and stranger.container.status != "exited":
-                    raise AssertionError(f"{number}_{index} was given {taken}, which {stranger.container.name} has")
-
-    def _waiting_for_gpus(self) -> list[Key]:
-        """The accepted jobs with GPUs that wait, and whose accounts are well."""
-        if self.accounts_troubled:
-            return []
-        accepted = {key for submission in self.submissions for key in submission.answered or ()}
-        found = self.ledger.execute(
-            "SELECT number, idx FROM jobs WHERE state = 'queued' AND json_extract(spec, '$.gpus.count') > 0"
-        ).fetchall()
-        return [key for key in found if key in accepted]
-
-    def _check_programs(self) -> None:
-        ran: dict[Key, int] = {}
-        for container in self.engine.history:
-            if container.made_by == "server":
-                key = key_of(container)
-                ran[key] = ran.get(key, 0) + container.runs
-                assert ran[key] <= 1, f"the program of {key} ran twice"
-
-    def _check_reasons(self, rows: list[tuple[Any, ...]]) -> None:
-        waiting = [JobId.of_key(row[0], row[1]) for row in rows if row[2] == "queued"]
-        if not waiting:
-            self._idle_since = None
-            return
-        assert self.service is not None
-        explainer = self.service.explainer()
-        next_one = False
-        for job_id in (waiting[0], waiting[-1]):
-            job = Ledger(self.ledger_rows).job(job_id)
-            assert job is not None
-            if job_id.key not in self.service.view().queue.shapes and not self.service.holds.reason(job):
-                continue  # its submission is not answered yet
-            told = rows_of_api.row(self.service, job, explainer, Asker(job.owner, admin=False))
-            assert told["reason"], f"{job_id} waits for no reason"
-            assert told["message"], f"{job_id} waits without a sentence"
-            next_one = next_one or told["message"] == "it starts next"
-        if not next_one or self.full:
-            self._idle_since = None
-        elif self._idle_since is None:
-            self._idle_since = self.loop.time()
-        else:
-            assert self.loop.time() < self._idle_since + SLOW, f"{waiting[0]} could start, and nothing happens"
-
-    # -- the end -----------------------------------------------------------------------------------------------
-
-    def finish_all(self) -> None:
-        """When all is well, everything ends as it should."""
-        self.heal()
-        for _ in range(400):
-            self.run_for(2.0)
-            self.check()
-            while self.running():
-                self.finish(0, self.random.choice((0, 0, 3, 255)))
-            if self.open and all(row[2] in ENDED for row in self.jobs()):
-                break
-        self.run_for(40.0)
-        self.check()
-        left = [row for row in self.jobs() if row[2] not in ENDED]
-        assert not left, f"these never end: {left}, {[self._note(row) for row in left]}"
-        alive = [c.name for c in self.engine.containers.values() if c.made_by == "server" and c.running]
-        assert not alive, f"these run although their jobs have ended: {alive}"
-        for row in self.jobs():
-            self._check_outcome(row)
-        self._check_turns()
-        self._check_logs()
-        self._check_whole_machine()
-        self.run_for(KEEP_ENDED + 3700.0)
-        self.run_for(3700.0)
-        self.check()
-        assert not self.engine.containers, f"left behind: {[c.name for c in self.engine.containers.values()]}"
-        assert not self.pins, f"pins left behind: {self.pins}"
-        assert not list(self.paths.attempts.iterdir()), "control directories are left behind"
-
-    def _tasks(self) -> list[str]:
+    def tasks(self) -> list[str]:
+        """The names of all that is at work."""
         return [task.get_name() for task in asyncio.all_tasks(self.loop)]
-
-    def _note(self, row: tuple[Any, ...]) -> str:
-        return "" if self.service is None else self.service.note_of(JobId.of_key(row[0], row[1]))
-
-    def _check_outcome(self, row: tuple[Any, ...]) -> None:
-        number, index, state, _, code, reason, message = row
-        fate = self.fate((number, index))
-        containers = [c for c in self.engine.history if c.made_by == "server" and key_of(c) == (number, index)]
-        ran = next((c for c in containers if c.runs), None)
-        told = f"{row}, {fate}"
-        if code is not None:
-            assert ran is not None or message.startswith("its program never ran") or reason != "", told
-            assert any(code in c.exits[:1] for c in containers), told
-        if state == "succeeded":
-            assert ran is not None, told
-            assert (code, reason) == (0, ""), told
-            assert ran.exits[0] == 0, told
-        if not fate.excuses and not self._excused(row):
-            assert ran is not None, f"it never ran: {told}"
-            assert code == ran.exits[0] == fate.code, told
-            assert state == ("succeeded" if code == 0 else "failed"), told
-            assert reason == ("" if code == 0 else "exit"), told
-
-    def _check_turns(self) -> None:
-        """Of those decided at once, programs begin in the order of the queue, where nothing of their own holds them."""
-        if self.accounts_troubled:
-            return
-        begun = self.ledger.execute(
-            "SELECT decided_at, number, idx, a.started_at FROM attempts a JOIN jobs j USING (number, idx) "
-            "WHERE a.started_at IS NOT NULL AND json_extract(j.spec, '$.gpus.count') > 0 "
-            "AND json_extract(j.spec, '$.image') = 'local' AND json_array_length(j.spec, '$.volumes') IS NOT 1 "
-            "ORDER BY decided_at, number, idx"
-        ).fetchall()
-        for first, second in pairwise(begun):
-            if first[0] == second[0]:
-                assert first[3] <= second[3], f"{second} began before {first}"
-
-    def _excused(self, row: tuple[Any, ...]) -> bool:
-        reason, message = row[5], row[6]
-        if reason == "time-limit" or (reason == "image" and "no image missing" in message):
-            return True
-        if "the Docker Engine was stopped or restarted" in message and self.engine.outages:
-            return row[4] in (137, 143, 255)  # how Engines end containers: by the code alone it cannot be told apart
-        words = ("server error", "the Engine did not make its container", "its container did not start")
-        return (self._refused_next and any(word in message for word in words)) or reason == "gpu-lost"
-
-    def _check_logs(self) -> None:
-        """What programs wrote is stored, where the container was there to be read."""
-        for container in self.engine.history:
-            key = key_of(container) if container.made_by == "server" else None
-            if key is None or not container.runs or "removed" in self.fate(key).excuses:
-                continue
-            log = self.logs.get((JobId.of_key(*key), 1))
-            assert log is not None, f"{container.name} has no log"
-            written = [record for record in container.output if record in log.records]
-            assert written == container.output, f"{container.name}: {log.records} of {container.output}"
-        still = self.ledger.execute("SELECT number, idx FROM attempts WHERE log_closed = 0").fetchall()
-        assert not still, f"logs that are never closed: {still}, {self._tasks()}"
-
-    def _check_whole_machine(self) -> None:
-        """A job that needs every GPU runs: nothing is held by anybody any more."""
-        self.submit(user=0, gpus=len(self.uuids), elements=1, image="local", signal="obeys", time_limit=None,
-                    volume=False)  # fmt: skip
-        self.run_for(SLOW)
-        running = self.running()
-        assert len(running) == 1, f"{self.jobs()[-1]}, {self.service and self.service.view().avoid}"
-        assert running[0].gpus == frozenset(self.uuids)
-        self.finish(0, 0)
-        self.run_for(10.0)
-        self.check()
-        assert self.jobs()[-1][2] == "succeeded", self.jobs()[-1]
 
     def close(self) -> None:
         """Take everything down."""
@@ -786,18 +588,13 @@ class World:
 FAULT = loop.fault
 
 
+def wrong_of_waiting(row: Mapping[str, Any]) -> str:
+    """What is wrong with a row of ``ps``; empty for nothing: a job that waits has a reason, and a sentence."""
+    if row["state"] != "queued" or (row["reason"] and row["message"]):
+        return ""
+    return f"{row['id']} waits for no reason: {row['reason']}, {row['message']}"
+
+
 def key_of(container: FakeContainer) -> Key:
     """The job of one of our containers."""
     return JobId.parse(container.labels["gpujobs.job"]).key
-
-
-class _Complaints(logging.Handler):
-    """Takes note of tasks that died."""
-
-    def __init__(self, wrong: list[str]) -> None:
-        super().__init__(logging.ERROR)
-        self._wrong = wrong
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and not isinstance(record.exc_info[1], Died):
-            self._wrong.append(logging.Formatter().format(record))

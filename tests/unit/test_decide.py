@@ -20,6 +20,7 @@ from gpujobs.core.decide import (
     check_possible,
     decide,
     holdings,
+    memory_of,
     next_deadline,
     shape_of,
 )
@@ -208,27 +209,33 @@ def spec(**more: object) -> JobSpec:
 
 
 def test_memory_that_is_not_named_is_the_asked_gpus_part_of_what_jobs_may_have() -> None:
-    policy = Policy(memory_reserve=0.25)
-    found = shape_of(spec(gpus=gpus(2)), testing.dgx_a100(), HOST, policy)
-    assert found.memory == int(64 * GIB * 0.75 * 2 / 8)
+    now = replace(view(testing.dgx_a100()), policy=Policy(memory_reserve=0.25))
+    assert memory_of(shape_of(spec(gpus=gpus(2))), now) == int(64 * GIB * 0.75 * 2 / 8)
 
 
 def test_memory_that_is_named_counts() -> None:
-    assert shape_of(spec(gpus=gpus(2), mem_limit=5 * GIB), testing.dgx_a100(), HOST, POLICY).memory == 5 * GIB
+    assert memory_of(shape_of(spec(gpus=gpus(2), mem_limit=5 * GIB)), view(testing.dgx_a100())) == 5 * GIB
 
 
 def test_a_job_without_gpus_that_names_no_memory_gets_the_policys_default_and_at_most_half() -> None:
-    assert shape_of(spec(), Inventory(), HOST, POLICY).memory == POLICY.cpu_job_memory
+    assert memory_of(shape_of(spec()), view(Inventory())) == POLICY.cpu_job_memory
     small = Host(cpus=2, memory=4 * GIB)
-    assert shape_of(spec(), Inventory(), small, POLICY).memory == int(4 * GIB * 0.9 / 2)
+    assert memory_of(shape_of(spec()), view(Inventory(), host=small)) == int(4 * GIB * 0.9 / 2)
 
 
 def test_gpus_of_a_machine_that_lost_its_driver_get_memory_within_the_host() -> None:
-    assert shape_of(spec(gpus=gpus(4)), Inventory(), HOST, POLICY).memory <= HOST.memory
+    assert memory_of(shape_of(spec(gpus=gpus(4))), view(Inventory())) <= HOST.memory
+
+
+def test_a_job_that_waited_while_the_driver_was_away_gets_its_share_of_the_gpus_that_are_there_at_its_start() -> None:
+    away = view(Inventory(problem="the NVIDIA driver is not loaded"), shape_of(spec(gpus=gpus(2))))
+    assert decide(NOW, away) == ()
+    (start,) = decide(NOW, replace(away, inventory=testing.dgx_a100()))
+    assert start.allocation.memory == int(64 * GIB * 0.9 * 2 / 8)
 
 
 def test_cpus_that_are_not_named_are_no_limit() -> None:
-    assert shape_of(spec(), Inventory(), HOST, POLICY).cpus == 0.0
+    assert shape_of(spec()).cpus == 0.0
 
 
 @pytest.mark.parametrize(

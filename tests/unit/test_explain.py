@@ -8,7 +8,7 @@ import pytest
 
 from gpujobs import testing
 from gpujobs.core.decide import Host, Policy, View
-from gpujobs.core.explain import Explainer, Wait
+from gpujobs.core.explain import PASSING, Explainer, Wait
 from gpujobs.core.inventory import Health, Inventory
 from gpujobs.core.job import Allocation, JobId
 from gpujobs.core.queue import ActiveJob, QueueState, Shape
@@ -89,10 +89,12 @@ def test_a_job_without_gpus_waits_for_cpus_and_not_behind_gpu_jobs() -> None:
     assert explainer.why(JobId(5)).message.startswith("job 4 is first in line: ")
 
 
-def test_a_job_that_does_not_wait_has_no_reason() -> None:
+def test_a_job_that_was_read_as_waiting_and_is_not_in_the_queue_has_a_reason_too() -> None:
     machine = testing.one_t4()
     state = view(machine, {}, [holder(1, machine.gpus[0].uuid)])
-    assert Explainer(state).why(JobId(1)) == Explainer(state).why(JobId(99)) == Wait("", "")
+    assert Explainer(state).why(JobId(1)) == Explainer(state).why(JobId(99)) == PASSING
+    assert PASSING.reason
+    assert PASSING.message
 
 
 def test_the_work_for_the_first_in_line_is_done_once_for_any_number_of_questions(
