@@ -300,6 +300,7 @@ def _prune(real: str, target: str, forbidden: Iterable[str]) -> None:
 
     Copies of containers' root file systems would also keep the Engine from removing those containers.
     """
+    barred = (*PSEUDO_PATHS, *forbidden)
 
     def unwanted() -> list[Mount]:
         table = mount_table()
@@ -308,22 +309,36 @@ def _prune(real: str, target: str, forbidden: Iterable[str]) -> None:
             mount
             for mount in table
             if mount.point.startswith(f"{target}/")
-            and (mount.kind in PSEUDO or below(real.rstrip("/") + mount.point[len(target) :], forbidden))
+            and (mount.kind in PSEUDO or below(real.rstrip("/") + mount.point[len(target) :], barred))
             and (mount.id, mount.point) not in covered
         ]
 
+    # One that lies below a mount that covers it is reached when that has gone.
     while left := unwanted():
-        # The way there leads through directories that users can swap for links: it is walked without
-        # following any, and what is found must be the very mount. Unmounting by name could hit the host's
-        # own.
-        inside = left[0].point[len(target) + 1 :]
-        top = os.open(target, os.O_PATH | os.O_CLOEXEC)
-        found = open_below(top, inside, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
-        if mount_id(found) != left[0].id:
+        if not any(_take_out(mount, target) for mount in left):
             raise _changed(real)
-        _umount(f"/proc/self/fd/{found}", MNT_DETACH)
-        os.close(found)
+
+
+def _take_out(mount: Mount, target: str) -> bool:
+    """Unmount one mount of a pin; whether it was the one to be found there.
+
+    The way leads through directories that users can swap for links: it is walked without following any, and what is
+    found must be the very mount. Unmounting by name could hit the host's own.
+    """
+    top = os.open(target, os.O_PATH | os.O_CLOEXEC)
+    try:
+        found = open_below(top, mount.point[len(target) + 1 :], RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+    except FileNotFoundError:
+        return False
+    finally:
         os.close(top)
+    try:
+        if mount_id(found) != mount.id:
+            return False
+        _umount(f"/proc/self/fd/{found}", MNT_DETACH)
+        return True
+    finally:
+        os.close(found)
 
 
 def is_same(path: str, file: tuple[int, int], mounted: bool, read_only: bool) -> bool:

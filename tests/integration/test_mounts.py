@@ -427,6 +427,27 @@ def test_a_pin_of_everything_holds_no_pins_and_nothing_of_the_kernels_or_servers
     asyncio.run(scenario())
 
 
+PIN_OF_EVERYTHING = """
+import os, sys
+from gpujobs.adapters import mounts_kernel
+pins = mounts_kernel.set_up(sys.argv[1])
+mounts_kernel.pin(os.open("/", os.O_PATH), "/", f"{pins}/all", True, [pins])
+print(*(mount.point for mount in mounts_kernel.mount_table() if mount.point.startswith(f"{pins}/all")))
+"""
+
+
+def test_a_dev_that_is_a_plain_tmpfs_is_in_no_pin_of_everything(place):
+    # What programs see there is the one of this mount namespace alone, which ends with them.
+    script = 'mount -t tmpfs dev /dev && mkdir /dev/shm && mount -t tmpfs shm /dev/shm && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", PIN_OF_EVERYTHING, str(place / "pins")],
+        check=True, capture_output=True, text=True, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    pins = f"{place}/pins/all"
+    assert pins in done.stdout.split()
+    assert not [point for point in done.stdout.split() if point.startswith(f"{pins}/dev")]
+
+
 def test_copies_of_the_directory_above_have_no_pins_and_not_even_their_names(place, anna, shared):
     copy = made(shared / "copy")
 

@@ -269,6 +269,8 @@ def test_a_process_whose_name_is_no_utf_8_is_listed(state, nvml):
     name = b"\xff\xfe\x01hostile"
     child = subprocess.Popen(["/bin/sleep", "60"], executable="/bin/sleep")
     try:
+        while not Path(f"/proc/{child.pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # the kernel lets go of the parent before the child has its arguments
         machine = lab.Machine.uniform(1)
         machine.gpus[0].processes.append(lab.Process(child.pid, MIB, name="PLACEHOLDER"))
         state.write_bytes(machine.render().encode().replace(b"PLACEHOLDER", name))

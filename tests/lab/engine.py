@@ -43,6 +43,7 @@ PACKAGES = {
     "docker.io": ("dockerd", "docker", "runc"),
     "iptables": ("iptables",),
     "iproute2": ("ip",),
+    "procps": ("ps", "pgrep", "kill"),
     "busybox-static": ("/bin/busybox",),
     "debootstrap": ("debootstrap",),
     "systemd": ("systemd-analyze",),  # it judges the unit files that setup installs

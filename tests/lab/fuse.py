@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import struct
 import threading
 from contextlib import suppress
@@ -45,6 +46,8 @@ class Fuse:
         self._thread = threading.Thread(target=self._serve)
 
     def __enter__(self) -> Self:
+        if not Path("/dev/fuse").exists():
+            os.mknod("/dev/fuse", 0o666 | stat.S_IFCHR, os.makedev(10, 229))
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         options = f"fd={self._fd},rootmode=40000,user_id={self.uid},group_id={self.uid}"
         options += ",default_permissions" + (",allow_other" if self.allow_other else "")
