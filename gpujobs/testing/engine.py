@@ -131,6 +131,7 @@ class FakeEngine:
         on_start: Called when a container starts.
         greeting: What a program writes when it begins.
         extra: Device numbers that every container is granted besides its own.
+        configs: What an image's configuration adds to that of its containers, by the image's id.
     """
 
     def __init__(self, clock: Clock, minors: Mapping[str, int] | None = None) -> None:
@@ -141,6 +142,7 @@ class FakeEngine:
         self.on_signal: Callable[[FakeContainer, str], int | None] = lambda _, signal: {"SIGTERM": 143}.get(signal)
         self.on_start: Callable[[FakeContainer], None] = lambda _: None
         self.extra: frozenset[int] = frozenset()
+        self.configs: dict[str, Mapping[str, Any]] = {}
         self.greeting = b"begun\n"
         self.containers: dict[str, FakeContainer] = {}
         self.history: list[FakeContainer] = []
@@ -176,6 +178,7 @@ class FakeEngine:
         for other in self.containers.values():
             if other.name == name:
                 raise Conflict(f'Conflict. The container name "/{name}" is already in use by container "{other.id}".')
+        request = {**self.configs.get(str(request.get("Image")), {}), **request}
         container = FakeContainer(
             id=f"{next(self._ids):064x}", name=name, request=request, made_by=made_by, created_at=self.clock.now()
         )
