@@ -24,6 +24,7 @@ import docker
 import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
+from gpujobs.adapters.enginesocket import parse_host
 from gpujobs.core.container import Image
 from gpujobs.core.errors import InvalidInput, Unavailable
 from gpujobs.core.facts import EngineFacts
@@ -91,6 +92,7 @@ class Engine:
                 f"DOCKER_HOST={host}: gpujobs reaches the Engine of this machine only",
                 hint="Use unix:///var/run/docker.sock, or unset DOCKER_HOST.",
             )
+        parse_host(host)
         self.host = host
         self._timeout = timeout
         self._root: str | None = None
