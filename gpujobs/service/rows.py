@@ -173,8 +173,10 @@ def _gpu(
     for entry in allocations:
         entry["memory_bytes"] = entry["memory_bytes"] or gpu.memory_bytes or None
     mig = [_mig(device, held, processes) for device in gpu.mig]
+    on_it = processes(gpu.processes)
     for device in mig:
         allocations += device["allocations"]
+        on_it += device["processes"]
     return {
         "uuid": gpu.uuid,
         "index": gpu.index,
@@ -183,7 +185,7 @@ def _gpu(
         "memory_bytes": gpu.memory_bytes or None,  # no card has none: NVML did not tell
         "health": str(gpu.health),
         "allocations": allocations,
-        "processes": processes(gpu.processes),
+        "processes": on_it,
         "memory_used_bytes": gpu.memory_used_bytes,
         "memory_reserved_bytes": gpu.memory_reserved_bytes,
         "utilisation_percent": gpu.utilisation_percent,

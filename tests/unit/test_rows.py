@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from gpujobs import testing
-from gpujobs.core.inventory import Gpu, Health, Inventory
+from gpujobs.core.inventory import Gpu, Health, Inventory, Process
 from gpujobs.core.job import Allocation, JobId, Owner
 from gpujobs.core.queue import QueueState
 from gpujobs.service import rows
@@ -43,3 +43,15 @@ def test_a_gpu_has_the_keys_of_the_contract() -> None:
     for gpu in answer["gpus"]:
         assert gpu.keys() >= {"uuid", "index", "minor", "model", "memory_bytes", "health", "allocations", "processes"}
         assert gpu["memory_bytes"] > 0
+
+
+def test_a_gpu_in_mig_mode_lists_the_processes_of_its_devices_as_its_own() -> None:
+    inventory = testing.mig_a100()
+    position = next(i for i, gpu in enumerate(inventory.gpus) if gpu.mig)
+    gpu = inventory.gpus[position]
+    there = Process(pid=77, name="python", user="ada")
+    split = replace(gpu, mig=(replace(gpu.mig[0], processes=(there,)), *gpu.mig[1:]))
+    gpus = tuple(split if i == position else other for i, other in enumerate(inventory.gpus))
+    shown = told(replace(inventory, gpus=gpus))["gpus"][position]
+    assert [process["pid"] for process in shown["processes"]] == [77]
+    assert shown["processes"] == shown["mig"][0]["processes"]
