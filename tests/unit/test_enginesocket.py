@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -85,6 +88,28 @@ def test_an_engine_that_refuses_also_what_it_asks_for_is_not_asked_for_ever(tmp_
             await got(path)
 
     assert on_engine(tmp_path, "1.45", work) == ["/v1.41/info", "/v1.44/info"]
+
+
+CEILINGS = """
+import socket, sys
+from gpujobs.adapters.engine import Engine
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    print(Engine("tcp://127.0.0.1:1").ceilings(), Engine(f"unix://{sys.argv[1]}").ceilings(), sep="\\n")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can bound what a process may have")
+def test_an_engine_behind_tcp_is_taken_to_be_as_bounded_as_the_server(tmp_path: Path) -> None:
+    bounded = ["setpriv", "--bounding-set", "-sys_resource", "prlimit", "--memlock=1048576:1048576"]
+    done = subprocess.run(
+        [*bounded, sys.executable, "-c", CEILINGS, tmp_path / "s"], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    over_tcp, over_a_socket = done.stdout.splitlines()
+    assert "'memlock': 1048576" in over_tcp
+    assert over_tcp == over_a_socket
 
 
 @pytest.mark.parametrize("host", ["tcp://localhost", "unix://run/docker.sock", "ssh://server", "tcp://h:70000", "unix://"])
