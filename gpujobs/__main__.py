@@ -24,9 +24,9 @@ def serve(config: Path | None, simulate: Path | None, speed: float | None) -> in
 
 def ensure_server(_: Host) -> str | None:
     """Start a server for this account where the rules allow it; what to say of it, or None."""
-    from gpujobs.service import wiring
+    from gpujobs.service import autostart
 
-    return wiring.ensure_server()
+    return autostart.ensure_server()
 
 
 def doctor() -> Report:

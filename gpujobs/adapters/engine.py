@@ -24,6 +24,7 @@ import docker
 import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
+from gpujobs.adapters.enginesocket import parse_host
 from gpujobs.core.container import Image
 from gpujobs.core.errors import InvalidInput, Unavailable
 from gpujobs.core.facts import EngineFacts
@@ -91,6 +92,7 @@ class Engine:
                 f"DOCKER_HOST={host}: gpujobs reaches the Engine of this machine only",
                 hint="Use unix:///var/run/docker.sock, or unset DOCKER_HOST.",
             )
+        parse_host(host)
         self.host = host
         self._timeout = timeout
         self._root: str | None = None
@@ -187,18 +189,17 @@ class Engine:
         """The hard resource limits that the Engine cannot raise: empty where it can raise all of them.
 
         An Engine without CAP_SYS_RESOURCE (inside some sandboxes) fails to start a container that asks for more
-        than it has itself. Its process is the peer of its socket; over TCP it cannot be told.
+        than it has itself. Its process is the peer of its socket; over TCP it is taken to be as bounded as this one.
         """
-        pid = self._process()
-        if pid is None:
-            return {}
+        pid = self._process() or os.getpid()
         try:
             status = Path(f"/proc/{pid}/status").read_text()
             limits = Path(f"/proc/{pid}/limits").read_text()
         except OSError:
             return {}
-        effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-        if effective is None or int(effective[1], 16) >> _CAP_SYS_RESOURCE & 1:
+        # What it could have, not what it has: a proxy in front of the Engine may be nobody's.
+        bounding = re.search(r"^CapBnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
+        if bounding is None or int(bounding[1], 16) >> _CAP_SYS_RESOURCE & 1:
             return {}
         found = {name: re.search(rf"^{words}\s+\S+\s+(\S+)", limits, re.MULTILINE) for name, words in _LIMITS.items()}
         return {

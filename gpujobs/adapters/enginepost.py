@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlencode
 
 from gpujobs.adapters.engine import unreachable
-from gpujobs.adapters.enginesocket import API, parse_host
+from gpujobs.adapters.enginesocket import api_of, parse_host
 from gpujobs.core.errors import Unavailable
 from gpujobs.core.ports import Conflict, EngineError, Gone
 
@@ -73,11 +73,13 @@ class _Connection:
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
+        self._api = ""
         self._rest = b""
         self._ended = False
 
     async def open(self, host: str) -> None:
         address = parse_host(host)
+        self._api = api_of(address)  # known since the server follows its events, which is before it pulls or builds
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(_ANSWER_SECONDS):
             if isinstance(address, str):
@@ -94,7 +96,7 @@ class _Connection:
         assert self._socket is not None
         loop = asyncio.get_running_loop()
         size = len(body) if isinstance(body, bytes) else await asyncio.to_thread(body.seek, 0, os.SEEK_END)
-        target = f"{API}{path}?{urlencode(query)}"
+        target = f"{self._api}{path}?{urlencode(query)}"
         head = f"POST {target} HTTP/1.0\r\nHost: docker\r\nContent-Type: {kind}\r\nContent-Length: {size}\r\n\r\n"
         await loop.sock_sendall(self._socket, head.encode())
         if isinstance(body, bytes):

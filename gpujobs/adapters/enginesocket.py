@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from urllib.parse import urlencode, urlsplit
 
@@ -13,6 +14,9 @@ from gpujobs.logwire import LogRecord
 
 API = "/v1.41"
 """The oldest Engine API that has all we ask for: Engine 20.10."""
+
+_OLDEST = re.compile(rb"[Mm]inimum supported API version is (\d+\.\d+)")
+_spoken: dict[str | tuple[str, int], str] = {}
 
 _RECEIVE = 256 << 10
 _BUSY = 2 << 10
@@ -43,6 +47,23 @@ def parse_host(host: str) -> str | tuple[str, int]:
     if parts.scheme == "tcp" and parts.hostname and port and parts.path in ("", "/"):
         return parts.hostname, port
     raise errors.InvalidInput(f"DOCKER_HOST={host} is of a kind that is not supported here", hint=hint)
+
+
+def api_of(address: str | tuple[str, int]) -> str:
+    """The version of its API, as a path begins, in which an Engine is asked."""
+    return _spoken.get(address, API)
+
+
+def takes_newer(address: str | tuple[str, int], answer: bytes) -> bool:
+    """Whether an Engine has refused because :data:`API` is too old for it; it is asked in its oldest version then."""
+    oldest = _OLDEST.search(answer)
+    if oldest is None:
+        return False
+    spoken = f"/v{oldest[1].decode()}"
+    if api_of(address) == spoken:
+        return False
+    _spoken[address] = spoken
+    return True
 
 
 class Backoff:
@@ -82,6 +103,10 @@ class Answer:
             OSError: No connection, no answer in time, or another status than 200.
             NotFound: Status 404.
         """
+        while await self._refuses_version(path, query):
+            self.close()
+
+    async def _refuses_version(self, path: str, query: Mapping[str, str | int]) -> bool:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(_ANSWER_SECONDS):
             if isinstance(self._address, str):
@@ -95,7 +120,7 @@ class Answer:
                 self._socket.setblocking(False)
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 await loop.sock_connect(self._socket, found[0][4])
-            target = f"{API}{path}" + (f"?{urlencode(query)}" if query else "")
+            target = f"{api_of(self._address)}{path}" + (f"?{urlencode(query)}" if query else "")
             await loop.sock_sendall(self._socket, f"GET {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
             head = b""
             while b"\r\n\r\n" not in head:
@@ -107,11 +132,17 @@ class Answer:
             version = re.search(rb"\r\nServer: Docker/(\d+)", head)
             self.engine_major = int(version[1]) if version else 0
             status = head.split(b" ", 2)[1:2]
+            if status == [b"400"]:
+                while data := await loop.sock_recv(self._socket, _RECEIVE):
+                    self._first += data
+                if takes_newer(self._address, self._first):
+                    return True
             if status != [b"200"]:
                 text = self._first.decode(errors="replace").strip()
                 if status == [b"404"]:
                     raise NotFound(text)
                 raise ConnectionError(f"the Engine answered {head.splitlines()[0]!r}: {text}")
+        return False
 
     async def receive(self) -> bytes:
         """The next bytes of the body; empty at its end."""

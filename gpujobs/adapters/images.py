@@ -117,9 +117,11 @@ class Images:
             raise refusal(reference, str(error)) from error
         if not _is_called(reference, data):
             raise Gone(f"no such image: {reference}")
-        labels = (data.get("Config") or {}).get("Labels") or {}
-        if labels.get(OWNER_LABEL, str(owner.uid)) != str(owner.uid):
-            raise Refused(f"the image {reference} was built by another account (uid {labels[OWNER_LABEL][:20]})",
+        builder = ((data.get("Config") or {}).get("Labels") or {}).get(OWNER_LABEL)
+        # What has a name was not built by a job: somebody who may use Docker gave it that, for everybody.
+        named = not _ID.fullmatch(reference) or any("<none>" not in tag for tag in data.get("RepoTags") or ())
+        if not named and builder is not None and builder != str(owner.uid):
+            raise Refused(f"the image {reference} was built by another account (uid {builder[:20]})",
                           hint="Build one of your own from its Dockerfile.")  # fmt: skip
         return data
 

@@ -12,14 +12,15 @@ import ctypes
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import pynvml
 
 from gpujobs.adapters import nvlinks, procfs
-from gpujobs.adapters.nvmlsession import Away, Handle, Lost, Session
+from gpujobs.adapters.nvmlfirst import first_processes
+from gpujobs.adapters.nvmlsession import Answer, Away, Handle, Lost, Session
 from gpujobs.core.inventory import Gpu, Health, Inventory, MigDevice, Process, XidEvent
 
 Locate = Callable[[str], str | None]
@@ -30,9 +31,9 @@ CPU_WORDS: Final = 64
 """64-bit words asked for in an affinity mask: 4,096 CPUs."""
 NODE_WORDS: Final = 16
 LISTS: Final = (
-    ("compute", "nvmlDeviceGetComputeRunningProcesses_v3"),
-    ("mps", "nvmlDeviceGetMPSComputeRunningProcesses_v3"),
-    ("graphics", "nvmlDeviceGetGraphicsRunningProcesses_v3"),
+    ("compute", "nvmlDeviceGetComputeRunningProcesses"),
+    ("mps", "nvmlDeviceGetMPSComputeRunningProcesses"),
+    ("graphics", "nvmlDeviceGetGraphicsRunningProcesses"),
 )
 """NVML's lists of processes. One that is on several counts as what comes first here."""
 
@@ -335,7 +336,7 @@ class Nvml:
     def _entries(self, handle: Handle, *, odd: bool = False) -> list[_Entry]:
         found = []
         for kind, function in LISTS:
-            for line in self._nvml.query(function, handle, default=(), odd=odd):
+            for line in self._lines(function, handle, odd=odd):
                 instance = (int(line.gpuInstanceId), int(line.computeInstanceId))
                 found.append(
                     _Entry(
@@ -346,6 +347,16 @@ class Nvml:
                     )
                 )
         return found
+
+    def _lines(self, function: str, handle: Handle, *, odd: bool) -> Sequence[Answer]:
+        """What a process list says, by the newest of its calls that the driver has.
+
+        Drivers before 510 lack the third and those before 460 the second; without them strangers would not be seen.
+        """
+        for name in (f"{function}_v3", f"{function}_v2"):
+            if (lines := self._nvml.query(name, handle, odd=odd)) is not None:
+                return tuple(lines)
+        return tuple(self._nvml.query(first_processes, function, handle, default=(), odd=odd))
 
     def _processes(self, entries: list[_Entry], locate: Locate) -> tuple[Process, ...]:
         """The processes of some entries, each once, by pid."""

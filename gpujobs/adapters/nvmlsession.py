@@ -8,7 +8,7 @@ metric that is not there (a gap), a GPU that fell off the bus (:class:`Lost`), a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 import pynvml
@@ -18,6 +18,8 @@ Handle: TypeAlias = Any
 
 Answer: TypeAlias = Any
 """What a function of pynvml returns: a number, a text, a C structure."""
+
+Function: TypeAlias = str | Callable[..., Answer]
 
 GAPS: Final = frozenset(
     {
@@ -103,7 +105,7 @@ class Session:
         self.up = False
         self.fresh = False
         self.generation = 0
-        self._odd: set[str] = set()
+        self._odd: set[Function] = set()
 
     def start(self) -> None:
         """Begin a piece of work: start the library where it is not.
@@ -129,11 +131,11 @@ class Session:
         self.up = self.fresh = False
         self._odd.clear()
 
-    def query(self, function: str, *arguments: Answer, default: Answer = None, odd: bool = False) -> Answer:
+    def query(self, function: Function, *arguments: Answer, default: Answer = None, odd: bool = False) -> Answer:
         """Ask NVML.
 
         Args:
-            function: A name in :mod:`pynvml`.
+            function: A name in :mod:`pynvml`, or what asks for something that it does not have.
             *arguments: What it takes.
             default: The answer where the metric is not there.
             odd: Whether an answer of no known kind is a gap too (link numbers and MIG slots that do not exist
@@ -144,7 +146,7 @@ class Session:
             Away: The driver is not there, or the handle is one of before it was loaded anew.
         """
         try:
-            return getattr(pynvml, function)(*arguments)
+            return (getattr(pynvml, function) if isinstance(function, str) else function)(*arguments)
         except pynvml.NVMLError as error:
             code = int(error.value)
         except UnicodeDecodeError:  # a process may call itself anything

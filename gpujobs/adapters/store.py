@@ -59,6 +59,10 @@ def migrations() -> list[tuple[int, str]]:
     return sorted((int(name[:4]), text) for name, text in _package_text("migrations").items())
 
 
+_LAST = (2**63 - 1, 0)
+"""A key after all jobs' keys: SQLite's largest number."""
+
+
 class Ledger:
     """One connection's view of the tables, with every statement that there is."""
 
@@ -143,10 +147,12 @@ class Ledger:
         """The jobs of one submission: one, or an array's elements."""
         return [job_of(row) for row in self._rows("submission_jobs", number=number)]
 
-    def page(self, *, every: bool, limit: int) -> list[Job]:
-        """The jobs that have not ended, or the latest of all; oldest first."""
-        rows = self._rows("page_all" if every else "page_active", limit=limit)
-        return [job_of(row) for row in (reversed(rows) if every else rows)]
+    def page(self, *, every: bool, limit: int, before: JobId | None = None) -> list[Job]:
+        """The jobs that have not ended, or the latest of all before that one; oldest first."""
+        if not every:
+            return [job_of(row) for row in self._rows("page_active", limit=limit)]
+        number, index = _LAST if before is None else before.key
+        return [job_of(row) for row in reversed(self._rows("page_all", number=number, idx=index, limit=limit))]
 
     def attempts(self, job_id: JobId) -> list[dict[str, Any]]:
         """A job's attempts as rows, oldest first."""

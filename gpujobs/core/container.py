@@ -192,7 +192,8 @@ def environment_of(order: Order) -> tuple[list[str], list[tuple[str, str]]]:
         **({"NVIDIA_DRIVER_CAPABILITIES": ",".join(order.spec.driver_capabilities) or DRIVER_CAPABILITIES}
            if order.allocation.gpus else {}),
     }
-    of_the_image = dict(entry.partition("=")[::2] for entry in order.image.environment)
+    # A configuration that no builder has written may hold variables without a name: the Engine refuses to hear of them.
+    of_the_image = {name: value for name, _, value in (e.partition("=") for e in order.image.environment) if name}
     kept = {name: value for name, value in of_the_image.items() if not _IMAGE_DROPPED.fullmatch(name)}
     dropped = sorted(name for name in of_the_image if name not in ours)
     inside = {**kept, **own_environment(order)}

@@ -422,7 +422,7 @@ class Ledger(Protocol):
         """The jobs of one submission: one, or an array's elements."""
         ...
 
-    def page(self, *, every: bool, limit: int) -> list[Job]:
+    def page(self, *, every: bool, limit: int, before: JobId | None = None) -> list[Job]:
         """The jobs that have not ended, or the latest of all; oldest first."""
         ...
 

@@ -140,10 +140,11 @@ def _health(gpu: Mapping[str, Any]) -> Cell:
 
 def _who(gpu: Mapping[str, Any]) -> Cell:
     """Jobs with their owners, then whoever else is on it with the command."""
-    # A GPU in MIG mode lists what its devices hold; that is told at the devices.
+    # A GPU in MIG mode lists what its devices hold and who is on them; that is told at the devices.
+    elsewhere = [process for mig in gpu.get("mig") or [] for process in mig.get("processes") or []]
     total = gpu.get("memory_bytes")
     texts = [_allocation(allocation, total) for allocation in gpu.get("allocations") or [] if not gpu.get("mig")]
-    strangers = [p for p in gpu.get("processes") or [] if _stranger(p)]
+    strangers = [p for p in gpu.get("processes") or [] if p not in elsewhere and _stranger(p)]
     texts += [_process(p) for p in strangers]
     problem = gpu.get("problem") or gpu.get("avoided")
     if problem and not strangers:

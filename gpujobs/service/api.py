@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gpujobs import __version__, specfile, wire
 from gpujobs.core.errors import GpujobsError, InvalidInput, Refused, UnknownId
-from gpujobs.core.job import Ended, Job, Owner
+from gpujobs.core.job import Ended, Job, JobId, Owner
 from gpujobs.core.spec import JobSpec
 from gpujobs.logwire import GAP, LogRecord, encode_frame
 from gpujobs.service import rows
@@ -43,6 +43,9 @@ SLICE = 64 << 10
 
 PAGE = 200
 """Rows of a listing that are made before others have a turn."""
+
+READ = 1000
+"""Rows of a listing that are read of the ledger at a time."""
 
 Handler = Callable[[Service, Asker, Request], Awaitable[Response]]
 
@@ -287,11 +290,27 @@ async def _submission(
 
 async def listing(service: Service, asker: Asker, request: Request) -> Response:
     """The jobs that have not ended, or with ``all=1`` the latest of all, as far as the asker may see them."""
-    every = request.query_params.get("all", "0") == "1"
-    limit = _number(request, "limit", 1000 if every else MAX_ROWS, MAX_ROWS)
-    found = await service.store.read(lambda ledger: ledger.page(every=every, limit=limit))
+    limit = _number(request, "limit", MAX_ROWS, MAX_ROWS)
+    if request.query_params.get("all", "0") == "1":
+        found = await _latest(service, limit)
+    else:
+        found = await service.store.read(lambda ledger: ledger.page(every=False, limit=limit))
     shown, others = rows.visible(service, asker, found)
     return StreamingResponse(_listed(service, asker, shown, others), media_type="application/json")
+
+
+async def _latest(service: Service, limit: int) -> list[Job]:
+    """The latest jobs, oldest first, read a part at a time: what the loop wants to read comes between."""
+    parts: list[list[Job]] = []
+    before: JobId | None = None
+    while limit > 0:
+        wanted = min(READ, limit)
+        part = await service.store.read(lambda ledger: ledger.page(every=True, limit=wanted, before=before))  # noqa: B023 - it is awaited here
+        parts.append(part)
+        if len(part) < wanted:
+            break
+        before, limit = part[0].id, limit - wanted
+    return [job for part in reversed(parts) for job in part]
 
 
 async def _listed(

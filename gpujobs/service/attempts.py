@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -123,6 +123,7 @@ class Attempt:
             self.stop(state.reason, state.message)
         self._fresh = False  # this process made the container, and the Engine was there ever since
         self._useless = False  # its container is to be replaced
+        self._stop_signal = "SIGTERM"  # or what its container says: the job file, else the image
         self._gate = -1
         self._sealed: dict[str, Pin] = {}
         self._log: asyncio.Task[None] | None = None
@@ -236,7 +237,10 @@ class Attempt:
             raise Failed("image", problem)
         fault("image-ready")
         order = await self._order(image)
-        request = create_request(order)
+        try:
+            request = create_request(order)
+        except Refused as error:  # neither it nor the job file says what to run
+            raise Failed("image", sentence(error)) from error
         await self._make_container(order, request)
         fault("container-recorded")
         self._open_gate()
@@ -277,6 +281,7 @@ class Attempt:
         """Take up a container that was released before this server started, wherever it is now."""
         assert self.container is not None
         inspected = await self._service.engine.inspect(self.container)
+        self._stop_signal = _stop_signal(inspected)
         self._open_gate()
         self.follow()
         if not inspected["State"]["Running"]:
@@ -549,6 +554,7 @@ class Attempt:
         inspected = await engine.inspect(self.container)
         if wrong := differences(order, inspected):
             raise Failed("isolation", "its program never ran: " + "; ".join(wrong))
+        self._stop_signal = _stop_signal(inspected)
         if inspected["State"]["Status"] == "created":
             self._check_stop()
             try:
@@ -671,7 +677,7 @@ class Attempt:
 
     async def _stop_when_asked(self) -> None:
         await self._stopping.wait()
-        await self._signal(self._job.spec.stop_signal or "SIGTERM")
+        await self._signal(self._stop_signal)
         await asyncio.sleep(self._job.spec.stop_grace_period)
         if self.container is not None:
             try:
@@ -737,6 +743,11 @@ class Attempt:
             except EngineError as error:
                 logger.warning("%s did not get %s: %s", self.name, signal, error)
             return
+
+
+def _stop_signal(inspected: Mapping[str, Any]) -> str:
+    """What asks a container's program to end, by Compose's rules: the Engine has the job file's, else the image's."""
+    return str(inspected["Config"].get("StopSignal") or "SIGTERM")
 
 
 async def follow_to_end(engine: Runner, container: str, log: Log) -> None:

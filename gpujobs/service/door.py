@@ -36,9 +36,10 @@ def listen(address: Path) -> socket.socket:
         Unavailable: It cannot be made.
     """
     try:
-        if not address.parent.exists():
-            address.parent.mkdir(parents=True)
-            address.parent.chmod(0o755 if os.geteuid() == 0 else 0o700)
+        missing = [path for path in address.parents if not path.exists()]
+        address.parent.mkdir(parents=True, exist_ok=True)
+        for directory in missing:  # accounts come to root's socket through all of them
+            directory.chmod(0o755 if os.geteuid() == 0 else 0o700)
         with places.short_path(address) as name:
             _refuse_answering(name, address)
             address.unlink(missing_ok=True)

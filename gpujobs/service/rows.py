@@ -173,19 +173,21 @@ def _gpu(
 ) -> Row:
     allocations = [dict(entry) for entry in held.get(gpu.uuid, ())]
     for entry in allocations:
-        entry["memory_bytes"] = entry["memory_bytes"] or gpu.memory_bytes
+        entry["memory_bytes"] = entry["memory_bytes"] or gpu.memory_bytes or None
     mig = [_mig(device, held, processes) for device in gpu.mig]
+    on_it = processes(gpu.processes)
     for device in mig:
         allocations += device["allocations"]
+        on_it += device["processes"]
     return {
         "uuid": gpu.uuid,
         "index": gpu.index,
         "minor": gpu.minor,
-        "model": gpu.model,
-        "memory_bytes": gpu.memory_bytes,
+        "model": gpu.model or None,
+        "memory_bytes": gpu.memory_bytes or None,  # no card has none: NVML did not tell
         "health": str(gpu.health),
         "allocations": allocations,
-        "processes": processes(gpu.processes),
+        "processes": on_it,
         "memory_used_bytes": gpu.memory_used_bytes,
         "memory_reserved_bytes": gpu.memory_reserved_bytes,
         "utilisation_percent": gpu.utilisation_percent,
@@ -211,11 +213,11 @@ def _mig(
 ) -> Row:
     allocations = [dict(entry) for entry in held.get(device.uuid, ())]
     for entry in allocations:
-        entry["memory_bytes"] = device.memory_bytes
+        entry["memory_bytes"] = device.memory_bytes or None
     return {
         "uuid": device.uuid,
-        "profile": device.profile,
-        "memory_bytes": device.memory_bytes,
+        "profile": device.profile or None,
+        "memory_bytes": device.memory_bytes or None,
         "memory_used_bytes": device.memory_used_bytes,
         "allocations": allocations,
         "processes": processes(device.processes),

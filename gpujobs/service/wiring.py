@@ -1,4 +1,4 @@
-"""Assembly: builds the server of its parts, runs it, and starts one for a user where none answers."""
+"""Assembly: builds the server of its parts and runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import resource
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from gpujobs import init, places
 from gpujobs import settings as configuration
 from gpujobs.adapters import enginelock
 from gpujobs.adapters.accounts import SystemAccounts
-from gpujobs.adapters.engine import Engine, default_host
+from gpujobs.adapters.engine import default_host
 from gpujobs.adapters.images import Images
 from gpujobs.adapters.logstore import LogStore
 from gpujobs.adapters.mounts import Mounts, PlainMounts
@@ -41,6 +40,7 @@ from gpujobs.core.ports import GpuSource, MountSource, Paths
 from gpujobs.service.access import Directory
 from gpujobs.service.api import application
 from gpujobs.service.attempts import install_init
+from gpujobs.service.autostart import address_of, not_made, record_of, record_of_this
 from gpujobs.service.door import listen, open_to, protocol
 from gpujobs.service.loop import Service
 from gpujobs.settings import Settings
@@ -48,8 +48,6 @@ from gpujobs.simulated import SimulatedGpus
 from gpujobs.simulated import load as load_machine
 
 logger = logging.getLogger("gpujobs")
-
-START_SECONDS = 30.0
 
 
 class SystemClock:
@@ -91,7 +89,7 @@ async def _serve(config: Path | None, simulate: Path | None) -> int:
     manager, listener = ServiceManager.of(environ), passed_socket(environ)
     settings = configuration.load(_settings_file(config))
     state = places.server_state(environ)
-    address = _address(environ) if listener is None else Path(listener.getsockname())
+    address = address_of(environ) if listener is None else Path(listener.getsockname())
     paths = _make_places(state)
     async with AsyncExitStack() as stack:
         stack.enter_context(_one_server(state))
@@ -139,10 +137,6 @@ def _settings_file(config: Path | None) -> Path | None:
     if config is not None:
         return config
     return places.SYSTEM_SETTINGS if os.geteuid() == 0 and places.SYSTEM_SETTINGS.exists() else None
-
-
-def _address(environ: Mapping[str, str]) -> Path:
-    return places.socket_of(host) if (host := environ.get("GPUJOBS_HOST")) else places.server_socket(environ)
 
 
 def _open(address: Path, settings: Settings) -> None:
@@ -290,7 +284,7 @@ def _make_places(state: Path) -> Paths:
         for directory in (pins, nodes):
             directory.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise Unavailable(f"the state directory {state} cannot be made: {error.strerror}: {error.filename}") from error
+        raise not_made(state, error) from error
     try:
         binary = install_init(init.binary(), state / "bin")
     except FileNotFoundError as error:
@@ -306,7 +300,7 @@ def _one_server(state: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            record = _record(state)
+            record = record_of(state)
             raise Refused(
                 f"another server (pid {record.get('pid', '?')}, uid {record.get('uid', '?')}) "
                 f"uses the state directory {state}",
@@ -321,14 +315,8 @@ def _one_server(state: Path) -> Iterator[None]:
 def _announced(state: Path, address: Path) -> Iterator[Any]:
     """Write down that a server runs here, and, if it ends in order, that it did."""
     path = state / "server.json"
-    before = _record(state)
-    record = {
-        "pid": os.getpid(),
-        "uid": os.getuid(),
-        "boot": enginelock.boot_id(),
-        "socket": str(address),
-        "clean": False,
-    }
+    before = record_of(state)
+    record = record_of_this(address)
 
     def write(content: dict[str, Any]) -> None:
         temporary = path.with_suffix(".new")
@@ -341,91 +329,3 @@ def _announced(state: Path, address: Path) -> Iterator[Any]:
     except GpujobsError:
         write(before or {**record, "clean": True})  # it never served: whatever was true before still is
         raise
-
-
-def _record(state: Path) -> dict[str, Any]:
-    try:
-        data = json.loads((state / "server.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def ensure_server(environ: Mapping[str, str] | None = None) -> str | None:
-    """Start a server for this user where none answers; returns the sentence that says so.
-
-    Only where no system server is installed, and this user may use Docker. A server that ended without saying so
-    is not started again behind its user's back: its last words are shown instead.
-
-    Raises:
-        Unavailable: It may not, or did not, start.
-    """
-    environ = os.environ if environ is None else environ
-    state = places.server_state(environ)
-    if os.geteuid() != 0:
-        for installed in (places.SYSTEM_SETTINGS, places.system_socket()):
-            if os.path.lexists(installed):
-                raise Unavailable(
-                    f"the server of this machine does not answer ({installed} is there)",
-                    hint="Ask its administrator: `systemctl status gpujobs`.",
-                )
-    if os.geteuid() == 0 and places.SYSTEM_SETTINGS.exists():
-        raise Unavailable("the server of this machine does not run", hint="Start it: `systemctl start gpujobs`.")
-    record = _record(state)
-    if record.get("clean") is False and record.get("boot") == enginelock.boot_id():
-        raise Unavailable(
-            f"the server (pid {record.get('pid')}) ended without being stopped. Its last lines:\n{_last_lines(state)}",
-            hint="Containers go on. Start it again and look at what it says: `gpujobs serve`.",
-        )
-    _may_use_docker(environ)
-    _spawn(state, environ)
-    return f"started a server (state in {state}); it goes on after this command, `gpujobs show` and the others use it"
-
-
-def _may_use_docker(environ: Mapping[str, str]) -> None:
-    async def ask() -> None:
-        engine = Engine(default_host(environ))
-        try:
-            await engine.info()
-        finally:
-            engine.close()
-
-    try:
-        asyncio.run(ask())
-    except Unavailable as error:
-        raise Unavailable(
-            f"no gpujobs server answers, and none was started: {error.message}", hint=error.hint
-        ) from error
-
-
-def _last_lines(state: Path, count: int = 10) -> str:
-    try:
-        lines = (state / "server.log").read_text(errors="backslashreplace").splitlines()
-    except OSError:
-        return "  (it left no log here)"
-    return "\n".join(f"  {line}" for line in lines[-count:])
-
-
-def _spawn(state: Path, environ: Mapping[str, str]) -> None:
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    log = os.open(state / "server.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gpujobs", "serve"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
-            start_new_session=True, cwd="/", env=dict(environ),
-        )  # fmt: skip
-    finally:
-        os.close(log)
-    assert process.stdout is not None
-    watchdog = signal.signal(signal.SIGALRM, lambda *_: process.kill())
-    signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
-    try:
-        line = process.stdout.readline()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, watchdog)
-        process.stdout.close()
-    if not line.startswith(b"listening on "):
-        code = process.wait()
-        raise Unavailable(f"the server did not start (exit {code}). Its last lines:\n{_last_lines(state)}")
-    process.returncode = 0  # it stays: nobody here waits for it

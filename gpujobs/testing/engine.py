@@ -133,6 +133,7 @@ class FakeEngine:
         on_release: Called when a container's program is let run.
         greeting: What a program writes when it begins.
         extra: Device numbers that every container is granted besides its own.
+        configs: What an image's configuration adds to that of its containers, by the image's id.
     """
 
     def __init__(self, clock: Clock, minors: Mapping[str, int] | None = None) -> None:
@@ -145,6 +146,7 @@ class FakeEngine:
         self.on_start: Callable[[FakeContainer], None] = lambda _: None
         self.on_release: Callable[[FakeContainer], None] = lambda _: None
         self.extra: frozenset[int] = frozenset()
+        self.configs: dict[str, Mapping[str, Any]] = {}
         self.greeting = b"begun\n"
         self.containers: dict[str, FakeContainer] = {}
         self.history: list[FakeContainer] = []
@@ -180,6 +182,7 @@ class FakeEngine:
         for other in self.containers.values():
             if other.name == name:
                 raise Conflict(f'Conflict. The container name "/{name}" is already in use by container "{other.id}".')
+        request = {**self.configs.get(str(request.get("Image")), {}), **request}
         container = FakeContainer(
             id=f"{next(self._ids):064x}", name=name, request=request, made_by=made_by, created_at=self.clock.now()
         )

@@ -542,6 +542,15 @@ def test_what_has_not_ended_is_listed_oldest_first_and_all_jobs_up_to_the_newest
     assert numbers(read(store, lambda ledger: ledger.page(every=False, limit=2))) == [1, 2]
     assert numbers(read(store, lambda ledger: ledger.page(every=True, limit=2))) == [3, 4]
     assert numbers(read(store, lambda ledger: ledger.page(every=True, limit=99))) == [1, 2, 3, 4]
+    assert numbers(read(store, lambda ledger: ledger.page(every=True, limit=2, before=JobId(3)))) == [1, 2]
+
+
+def test_a_page_begins_within_an_array_where_the_one_before_ended(store: Store) -> None:
+    change(store, lambda ledger: submit(ledger, 3))
+    change(store, submit)
+    keys = lambda jobs: [str(job.id) for job in jobs]  # noqa: E731
+    assert keys(read(store, lambda ledger: ledger.page(every=True, limit=2))) == ["1_2", "2"]
+    assert keys(read(store, lambda ledger: ledger.page(every=True, limit=9, before=JobId(1, 2)))) == ["1_0", "1_1"]
 
 
 def test_an_attempt_is_recorded_from_the_decision_to_its_removal(store: Store) -> None:

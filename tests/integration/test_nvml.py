@@ -461,9 +461,9 @@ SHOW = (
 )
 
 
-def run(environment):
+def run(environment, ask=SHOW):
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", SHOW]
+    command = [sys.executable, "-c", ask]
     done = subprocess.run(
         command, env=environment, cwd=root, capture_output=True, text=True, timeout=60, check=False
     )
@@ -487,6 +487,27 @@ def test_a_library_older_than_the_newest_calls_serves(tmp_path):
     state = machine.write(tmp_path / "machine")
 
     assert run(lab.environment(library, state)) == repr([("Tesla T4", machine.gpus[0].memory, None)])
+
+
+@pytest.mark.parametrize("newest", ["_v2", ""])
+def test_a_driver_that_has_only_older_process_lists_still_shows_strangers(tmp_path, newest):
+    kinds = ("Compute", "Graphics", "MPSCompute")
+    versions = ["_v3", "_v2"] if newest == "" else ["_v3"]
+    missing = [f"nvmlDeviceGet{kind}RunningProcesses{version}" for kind in kinds for version in versions]
+    library = lab.build(tmp_path / "old", without=missing)
+    machine = lab.Machine.uniform(2)
+    machine.gpus[1].processes += [
+        lab.Process(4_000_001, 300 * MIB, "compute", name="python"), lab.Process(4_000_002, None, "mps", name="worker"),
+        lab.Process(4_000_003, 5 * MIB, "graphics", name="game"),
+    ]  # fmt: skip
+    state = machine.write(tmp_path / "machine")
+    ask = ("from gpujobs.adapters.nvml import Nvml; n = Nvml(); i = n.snapshot(); n.close();"
+           "print([[(p.pid, p.kind, p.name, p.memory_bytes) for p in g.processes] for g in i.gpus])")  # fmt: skip
+
+    shown = run(lab.environment(library, state), ask)
+
+    assert shown == repr([[], [(4_000_001, "compute", "python", 300 * MIB), (4_000_002, "mps", "worker", None),
+                               (4_000_003, "graphics", "game", 5 * MIB)]])  # fmt: skip
 
 
 def test_without_the_library_the_inventory_says_so(tmp_path):

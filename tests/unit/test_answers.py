@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,12 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from gpujobs.adapters.store import Store
 from gpujobs.core.errors import InvalidInput, Refused
-from gpujobs.core.job import Owner
+from gpujobs.core.inventory import Inventory
+from gpujobs.core.job import Ended, Owner
+from gpujobs.core.ports import Ledger
+from gpujobs.core.spec import JobSpec
 from gpujobs.service import api
 from gpujobs.service.access import Asker
 from gpujobs.service.quotas import Quotas
@@ -127,6 +133,38 @@ def test_a_stream_waits_for_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_has_gone_while_waiting_in_line_is_not_worked_for() -> None:
     found = Exchange(large, gone=True).go()
     assert (found.worked, found.messages) == (False, [])
+
+
+def test_all_jobs_are_listed_however_many_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "READ", 4)
+    store = Store(tmp_path / "state.sqlite")
+    service: Any = SimpleNamespace(
+        store=store, settings=Settings(), explainer=lambda **_: None, inventory=Inventory(),
+        layers_of=lambda _: (), contexts=None, holds=None,
+    )  # fmt: skip
+
+    def end_some(ledger: Ledger) -> None:
+        for _ in range(10):
+            (job,) = ledger.submit(ASKER.owner, 1.0, "", "", [(None, JobSpec(image="busybox", name="job"))])
+            ended = Ended(outcome="succeeded", attempt=1, started_at=1.0, ended_at=2.0, exit_code=0)
+            ledger.set_state(replace(job, state=ended))
+
+    async def listed(query: bytes) -> list[int]:
+        request = Request({"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": query})
+        response = await api.listing(service, ASKER, request)
+        assert isinstance(response, StreamingResponse)
+        text = b"".join([bytes(part) async for part in response.body_iterator])
+        return [row["id"] for row in json.loads(text)["jobs"]]
+
+    async def all_of_them() -> None:
+        await store.change(end_some)
+        assert await listed(b"all=1") == list(range(1, 11))
+        assert await listed(b"all=1&limit=6") == list(range(5, 11))
+        assert await listed(b"all=1&limit=8") == list(range(3, 11))
+        assert await listed(b"") == []
+
+    asyncio.run(all_of_them())
+    store.close()
 
 
 async def read_body(request: Request) -> Response:

@@ -226,11 +226,34 @@ def test_with_no_server_one_is_started_and_that_is_said(fake, gpujobs):
 
 def test_only_run_and_submit_start_a_server(fake, gpujobs):
     fake.stop()
-    for command in (["ps"], ["show", "1"], ["logs", "1"], ["wait", "1"], ["cancel", "1"], ["gpus"]):
+    for command in (["ps"], ["show", "1"], ["logs", "1"], ["wait", "1"], ["cancel", "1"], ["gpus"],
+                    ["plan", "job.yaml"], ["rerun", "1"]):  # fmt: skip
         code, _, err = gpujobs(*command)
         assert code == 4
         assert err.startswith("gpujobs: no server is running")
     assert gpujobs.ensured == []
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("ps >&-", 0), ("ps --json 2>&-", 0), ("check job.yaml >&- 2>&-", 2), ("check - <&-", 2), ("logs 12 <&- >&-", 0),
+     ("run job.yaml <&-", 3)],
+)  # fmt: skip
+def test_a_command_started_without_standard_streams_does_its_work(fake, tmp_path, command, code):
+    one_job(fake, row(state="failed", exit_code=3))
+    fake.on("GET", "/v1/jobs", {"jobs": [row()]})
+    done = subprocess.run(f"{sys.executable} -m gpujobs {command}", shell=True, cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)  # fmt: skip
+    assert (done.returncode, b"should not have happened" in done.stderr) == (code, False), done
+
+
+def test_a_second_interrupt_while_the_first_is_told_of_ends_quietly(fake, gpujobs, monkeypatch):
+    def interrupted(_: str) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stderr, "write", interrupted)
+    fake.stop()
+    assert gpujobs("ps")[0] == 130
 
 
 def test_what_starting_a_server_is_refused_with_is_told(fake, gpujobs):

@@ -168,6 +168,13 @@ def test_variables_of_image_and_user_reach_the_program_by_the_init_and_the_engin
     assert all(entry.startswith(("NVIDIA_", "GPUJOBS_")) for entry in environment_of(one)[0] if "=" in entry)
 
 
+def test_variables_of_an_image_that_have_no_name_are_not_told_to_the_engine() -> None:
+    environment, inside = environment_of(order(image=replace(IMAGE, environment=("=x", "", "A=1", "BARE"))))
+    assert [entry for entry in environment if entry.partition("=")[0] in ("", "A", "BARE")] == ["A", "BARE"]
+    assert ("A", "1") in inside
+    assert "" not in dict(inside)
+
+
 def test_an_environment_that_the_init_cannot_read_is_refused_before() -> None:
     large = tuple((f"A{number}", "x" * 100_000) for number in range(11))
     with pytest.raises(Refused, match="at most 1,048,576 are possible"):

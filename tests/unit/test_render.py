@@ -294,15 +294,19 @@ def test_simulated_gpus_say_so_twice():
 
 def test_mig_devices_stand_below_their_gpu_with_their_own_jobs():
     holding = [{"job": 5, "index": None, "owner": "bob", "memory_bytes": 20 * GIB}]
+    stranger = {"pid": 77, "user": "eve", "name": "python", "memory_bytes": None, "container": None, "job": None}
     mig = [
         {"uuid": "MIG-1", "profile": "3g.20gb", "memory_bytes": 20 * GIB, "allocations": holding, "processes": []},
-        {"uuid": "MIG-2", "profile": "1g.5gb", "memory_bytes": 5 * GIB, "allocations": [], "processes": []},
+        {"uuid": "MIG-2", "profile": "1g.5gb", "memory_bytes": 5 * GIB, "allocations": [], "processes": [stranger]},
+        {"uuid": "MIG-3", "profile": "1g.5gb", "memory_bytes": 5 * GIB, "allocations": [], "processes": []},
     ]
-    told = gpuview.glance({"gpus": [gpu(0, mig=mig, allocations=holding)]}, None).plain().splitlines()
+    machine = {"gpus": [gpu(0, mig=mig, allocations=holding, processes=[stranger])]}
+    told = gpuview.glance(machine, None).plain().splitlines()
     assert told[1].endswith("ok")
     assert "└ MIG 3g.20gb" in told[2]
     assert told[2].endswith("job 5 bob")
-    assert told[3].endswith("free")
+    assert told[3].endswith("no job: eve python (pid 77)")
+    assert told[4].endswith("free")
 
 
 def test_a_shared_gpu_names_each_with_its_part():

@@ -53,7 +53,7 @@ SELECT * FROM jobs WHERE active = 1 ORDER BY number, idx;
 SELECT * FROM jobs WHERE active = 1 ORDER BY number, idx LIMIT :limit;
 
 -- name: page_all
-SELECT * FROM jobs ORDER BY number DESC, idx DESC LIMIT :limit;
+SELECT * FROM jobs WHERE (number, idx) < (:number, :idx) ORDER BY number DESC, idx DESC LIMIT :limit;
 
 -- name: one_job
 SELECT * FROM jobs WHERE number = :number AND idx = :idx;

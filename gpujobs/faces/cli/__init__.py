@@ -14,7 +14,16 @@ from gpujobs import __version__
 from gpujobs.core.errors import OK, GpujobsError, Interrupted, InvalidInput
 from gpujobs.faces.cli import doctor as checkup
 from gpujobs.faces.cli import files, gpus, jobs, logs, plans, server, upkeep
-from gpujobs.faces.cli.common import Hooks, Setup, emit, emit_error, output_closed, report, report_bug
+from gpujobs.faces.cli.common import (
+    Hooks,
+    Setup,
+    emit,
+    emit_error,
+    open_standard_streams,
+    output_closed,
+    report,
+    report_bug,
+)
 from gpujobs.faces.client import Host
 from gpujobs.faces.words import clean
 
@@ -102,17 +111,19 @@ def main(
     Returns:
         The exit code. No error leaves this as an exception.
     """
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             # A terminal that is not UTF-8 gets escapes for what it cannot show, not a traceback.
             reconfigure(errors="backslashreplace")
     try:
-        hooks = Hooks(serve, ensure_server, doctor, check_state, back_up, setup)
-        return _invoke(sys.argv[1:] if argv is None else list(argv), hooks)
-    except GpujobsError as error:
-        return report(error)
-    except KeyboardInterrupt:
+        try:
+            hooks = Hooks(serve, ensure_server, doctor, check_state, back_up, setup)
+            return _invoke(sys.argv[1:] if argv is None else list(argv), hooks)
+        except GpujobsError as error:
+            return report(error)
+    except KeyboardInterrupt:  # also the second one, while the first is told of
         return Interrupted.exit
     except BrokenPipeError:
         return output_closed().exit_code

@@ -87,6 +87,14 @@ def tell(sentence: str) -> None:
     emit_error(f"gpujobs: {sentence}\n")
 
 
+def open_standard_streams() -> None:
+    """Let those that the command was started without lead nowhere: else the next file or socket took their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number is the closed one's: they are gone through in order.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open as long as the process runs
+
+
 def emit(text: str) -> None:
     """Text on standard output.
 

@@ -75,9 +75,9 @@ def run(context: typer.Context, files: Files, run_as: RunAs = None) -> int:
     server = ready_client(context)
     answer = server.submit(files, run_as=run_as)
     jobs = _submitted(answer)
-    _tell_notes(answer)
     send_contexts(server, answer)
     try:
+        _tell_notes(answer)
         rows = Follower(server, Printer(prefixed=len(jobs) > 1), progress=True).follow(jobs)
     except KeyboardInterrupt:
         raise _left(jobs) from None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gpujobs.core.errors import OK, Refused
-from gpujobs.faces.cli.common import client, emit, emit_grid, emit_json, ready_client, tell, terminal_width
+from gpujobs.faces.cli.common import client, emit, emit_grid, emit_json, tell, terminal_width
 from gpujobs.faces.cli.ids import all_ids
 from gpujobs.faces.cli.pulls import send_contexts
 from gpujobs.faces.grid import Cell, Column, Grid
@@ -36,7 +36,6 @@ class Words(StrEnum):
 
 
 def plan(
-    context: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A job file; - is the standard input.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     words: Annotated[Words | None, typer.Option("--as", help="Print only the same job in those words.")] = None,
@@ -48,7 +47,7 @@ def plan(
     ] = None,
 ) -> int:
     """Show what a job would get if it were submitted now: GPUs and why, mounts, the same as a docker run line."""
-    answer = _simulated(file, simulate) if simulate else ready_client(context).plan([file], run_as=run_as)
+    answer = _simulated(file, simulate) if simulate else client().plan([file], run_as=run_as)
     if json:
         emit_json(answer)
     elif words is not None:

@@ -49,6 +49,7 @@ typedef int ret_t;
 
 typedef struct { char bus_id_legacy[16]; unsigned domain, bus, device, device_id, subsystem_id; char bus_id[32]; } pci_info_t;
 typedef struct { unsigned pid; unsigned long long memory; unsigned gi, ci; } process_info_t;
+typedef struct { unsigned pid; unsigned long long memory; } process_info_v1_t;
 typedef struct { unsigned long long total, free, used; } memory_t;
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } memory_v2_t;
 typedef struct { unsigned gpu, memory; } utilization_t;
@@ -64,6 +65,7 @@ typedef struct { unsigned field, scope; long long timestamp, latency_us; unsigne
 
 _Static_assert(sizeof(pci_info_t) == 68, "nvmlPciInfo_t");
 _Static_assert(sizeof(process_info_t) == 24, "nvmlProcessInfo_v2_t");
+_Static_assert(sizeof(process_info_v1_t) == 16, "nvmlProcessInfo_v1_t");
 _Static_assert(sizeof(memory_t) == 24, "nvmlMemory_t");
 _Static_assert(sizeof(memory_v2_t) == 40, "nvmlMemory_v2_t");
 _Static_assert(sizeof(sample_t) == 32, "nvmlProcessUtilizationSample_t");
@@ -801,7 +803,22 @@ static ret_t processes(void *h, const char *function, char kind, unsigned *count
     return leave(n > room ? INSUFFICIENT_SIZE : OK);
 }
 
+#define MAX_FIRST 256 /* processes of one list in the first version */
+
+/* The first version has no instances: 16 bytes for each process. */
+static ret_t first_processes(void *h, const char *function, char kind, unsigned *count, process_info_v1_t *out) {
+    process_info_t all[MAX_FIRST];
+    if (out && *count > MAX_FIRST) *count = MAX_FIRST;
+    ret_t r = processes(h, function, kind, count, out ? all : NULL);
+    for (unsigned i = 0; out && r == OK && i < *count; i++)
+        out[i] = (process_info_v1_t){all[i].pid, all[i].memory};
+    return r;
+}
+
 #define PROCESSES(name, kind)                                                                                   \
+    API ret_t nvmlDeviceGet##name(void *h, unsigned *count, process_info_v1_t *out) {                           \
+        return first_processes(h, #name, kind, count, out);                                                     \
+    }                                                                                                           \
     API ret_t nvmlDeviceGet##name##_v3(void *h, unsigned *count, process_info_t *out) {                         \
         return processes(h, #name, kind, count, out);                                                           \
     }                                                                                                           \
