@@ -170,7 +170,7 @@ def _stranger(process: Mapping[str, Any]) -> bool:
             pid=int(process.get("pid") or 0),
             kind=str(process.get("kind") or "compute"),
             name=str(process.get("name") or ""),
-            job=process.get("job"),
+            job=None if process.get("job") is None else str(process["job"]),
         )
     )
 

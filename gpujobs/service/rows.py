@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gpujobs.core import codec
 from gpujobs.core.explain import Explainer
 from gpujobs.core.inventory import Gpu, MigDevice, Process
-from gpujobs.core.job import Active, Ended, Job, Queued, name_of
+from gpujobs.core.job import Active, Ended, Job, JobId, Queued, name_of
 from gpujobs.core.queue import ActiveJob
 from gpujobs.core.rules import discreet as without_names
 from gpujobs.service import holds
@@ -225,17 +225,19 @@ def _mig(
 
 
 def _process(process: Process) -> Row:
+    job = None if process.job is None else JobId.parse(process.job)
     return {
         "pid": process.pid,
         "user": process.user,
         "name": process.name,
         "memory_bytes": process.memory_bytes,
         "container": process.container,
-        "job": process.job,
+        "job": job and job.number,
+        "index": job and job.index,
         "kind": process.kind,
     }
 
 
 def _nameless(process: Process) -> Row:
     """A process of somebody else's where names are hidden: that there is one, and what it takes."""
-    return {**_process(process), "user": None, "name": None, "container": None, "job": None}
+    return {**_process(process), "user": None, "name": None, "container": None, "job": None, "index": None}

@@ -98,7 +98,7 @@ def test_gpus_tells_who_has_what(
     (process,) = shown["gpus"][row["gpu_indices"][0]]["processes"]
     assert set(process) >= PROCESS
     assert (process["pid"], process["user"], process["memory_bytes"]) == (pid, alice.name, 1 << 30)
-    assert (process["container"], process["job"]) == (row["container"]["id"], job)
+    assert (process["container"], process["job"], process["index"]) == (row["container"]["id"], int(job), None)
     machine.gpus[row["gpu_indices"][0]].processes = []
     machine.write(nvml_state)
 
