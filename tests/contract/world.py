@@ -26,6 +26,7 @@ from gpujobs.core.errors import GpujobsError, Unavailable
 from gpujobs.core.inventory import Health, Process
 from gpujobs.core.job import JobId, Owner
 from gpujobs.core.ports import EngineAway, EngineError, Paths
+from gpujobs.core.secrets import Secret
 from gpujobs.core.spec import GpuRequest, JobSpec, Volume
 from gpujobs.service import attempts, loop, tidy
 from gpujobs.service import rows as rows_of_api
@@ -368,8 +369,9 @@ class World:
     # -- what people do ----------------------------------------------------------------------------------------
 
     def submit(
-        self, *, user: int, gpus: int, elements: int, image: str, signal: str, time_limit: float | None, volume: bool
-    ) -> None:
+        self, *, user: int, gpus: int, elements: int, image: str, signal: str, time_limit: float | None, volume: bool,
+        secret: bool = False,
+    ) -> None:  # fmt: skip
         if not self.open:
             return
         assert self.service is not None
@@ -378,7 +380,9 @@ class World:
             name="job", image=image, command=("train", signal), gpus=GpuRequest(count=gpus, max_count=gpus),
             cpus=None if gpus else 1.0, mem_limit=None if gpus else GIB, time_limit=time_limit, stop_grace_period=5.0,
             volumes=(Volume(target="/data", source="/nfs/data"),) if volume else (),
+            secrets=(Secret(name="key", target="key", environment=f"KEY{len(self.submissions)}"),) if secret else (),
         )  # fmt: skip
+        values = [{"key": b"hunter2 of %s" % spec.secrets[0].environment.encode()}] if secret else []
         submission = Submission(elements)
         self.submissions.append(submission)
         specs = [(None if elements == 1 else index, spec) for index in range(elements)]
@@ -389,7 +393,7 @@ class World:
                 return
             submission.answered = [job.id.key for job in task.result()[0]]
 
-        self._ask(self.service.submit(owner, [("f.yaml", "", specs)]), done)
+        self._ask(self.service.submit(owner, [("f.yaml", "", specs)], values), done)
         self.run_turns(self.random.randrange(1, 12))
 
     def cancel(self, pick: int) -> None:
@@ -580,6 +584,7 @@ class World:
         self._check_ended(rows)
         self._check_gpus()
         self._check_programs()
+        self._check_secrets()
         if self.open and self.service is not None:
             self._check_reasons(rows)
         else:
@@ -640,6 +645,18 @@ class World:
                 ran[key] = ran.get(key, 0) + container.runs
                 assert ran[key] <= 1, f"the program of {key} ran twice"
 
+    def _check_secrets(self) -> None:
+        """A program that ran was handed its own submission's secrets, and no request to the Engine had any."""
+        for container in self.engine.history:
+            if container.made_by == "server" and container.runs:
+                (text,) = self.ledger.execute(
+                    "SELECT spec FROM jobs WHERE number = ? AND idx = ?", key_of(container)
+                ).fetchone()
+                named = [secret["environment"] for secret in json.loads(text).get("secrets", ())]
+                value = b"hunter2 of %s" % named[0].encode() if named else b""
+                assert container.secrets == (b"key\0\0%d\0%s\0" % (len(value), value) if named else None)
+                assert "hunter2 of" not in json.dumps(container.request)
+
     def _check_reasons(self, rows: list[tuple[Any, ...]]) -> None:
         waiting = [JobId.of_key(row[0], row[1]) for row in rows if row[2] == "queued"]
         if not waiting:
@@ -693,6 +710,7 @@ class World:
         assert not self.engine.containers, f"left behind: {[c.name for c in self.engine.containers.values()]}"
         assert not self.pins, f"pins left behind: {self.pins}"
         assert not list(self.paths.attempts.iterdir()), "control directories are left behind"
+        assert not list((self.paths.state / "secrets").iterdir()), "secrets of jobs that have ended are left behind"
 
     def _tasks(self) -> list[str]:
         return [task.get_name() for task in asyncio.all_tasks(self.loop)]
