@@ -236,6 +236,11 @@ def runtime_of(order: Order) -> str:
     return order.runtime if order.allocation.gpus and order.visible != "void" else "runc"
 
 
+def under_gvisor(spec: JobSpec) -> bool:
+    """Whether a job's kernel is gVisor's: its init then waits for a file, as it may not open a FIFO of the host."""
+    return spec.runtime == "runsc"
+
+
 def _added(spec: JobSpec) -> list[str]:
     """The capabilities that the init is given; the Engine's own spelling."""
     return sorted(f"CAP_{name}" for name in (*spec.cap_add, *_IDENTITY)) if spec.cap_add else []
@@ -397,6 +402,7 @@ def control_file(order: Order) -> bytes:
         "groups=" + ",".join(str(gid) for gid in sorted(set(owner.groups))),
         f"caps={capability_mask(order.spec.cap_add):x}",
         *([f"keep={capability_mask(order.spec.cap_add):x}"] if order.spec.cap_add else []),
+        *(["filegate=1"] if under_gvisor(order.spec) else []),
         *(["secrets=1"] if order.spec.secrets else []),
         *(f"env={name}={value}" for name, value in inside),
     ]

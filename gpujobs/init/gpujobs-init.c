@@ -13,8 +13,10 @@
  * name another directory. Nothing is taken from the environment either, because the image sets that.
  *
  * Control file: records "key=value", each ended by a NUL: uid=N gid=N groups=N,N,... caps=HEX keep=HEX nogate=1
- * secrets=1, and any number of env=NAME=VALUE (set) and env=NAME (remove). keep= are the capabilities that the
+ * filegate=1 secrets=1, and any number of env=NAME=VALUE (set) and env=NAME (remove). keep= are the capabilities that the
  * program is to have (ambient, so that they outlive the change of uid and the exec); without it, it has none.
+ *
+ * With filegate=1 the gate is a file `word` that appears: gVisor lets nothing in a container open a FIFO of the host.
  *
  * Secrets: for each its file's name, its variable's (or nothing) and its length in digits, each ended by a NUL, then
  * its bytes and a NUL. With secrets=1, `run` writes them to /run/secrets, which has to be a file system in memory of
@@ -44,6 +46,7 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define VERSION "gpujobs-init 1"
@@ -52,6 +55,7 @@
 #define SECRETS_DIR "/run/secrets"
 #define SECRETS_MAX ((1 << 20) + (1 << 16))  /* bytes: the server's limit of all of them, and room for names */
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  /* the Engine's own */
+#define FILEGATE_NS 20000000L  /* between looks: a start takes half a second under gVisor anyway */
 #define ID_MAX 0xfffffffeu     /* (uid_t)-1 means "leave unchanged" to setresuid: never an identity */
 #define DEVICES_MAX 4096       /* of one probe */
 #define MAJOR_MAX 0xfffu       /* the kernel's dev_t has 12 bits of major, 20 of minor */
@@ -67,6 +71,7 @@ struct identity {
     uint64_t caps; /* what the bounding set may still hold */
     uint64_t keep; /* what the program has: all of it, and nothing else */
     bool nogate;
+    bool filegate;
     bool secrets;
 };
 
@@ -215,7 +220,7 @@ static uint64_t parse_value(const char *key, const char *text, unsigned base, ui
 
 static void parse_control(void)
 {
-    enum { UID = 1, GID = 2, GROUPS = 4, CAPS = 8, NOGATE = 16, KEEP = 32, SECRETS = 64 };
+    enum { UID = 1, GID = 2, GROUPS = 4, CAPS = 8, NOGATE = 16, KEEP = 32, SECRETS = 64, FILEGATE = 128 };
     unsigned seen = 0, key;
 
     for (char *record = control; record < control + control_size; record += strlen(record) + 1) {
@@ -242,6 +247,8 @@ static void parse_control(void)
             key = KEEP, expected.keep = parse_value("keep", value, 16, UINT64_MAX);
         } else if (IS("nogate")) {
             key = NOGATE, expected.nogate = parse_value("nogate", value, 10, 1) != 0;
+        } else if (IS("filegate")) {
+            key = FILEGATE, expected.filegate = parse_value("filegate", value, 10, 1) != 0;
         } else if (IS("secrets")) {
             key = SECRETS, expected.secrets = parse_value("secrets", value, 10, 1) != 0;
         } else {
@@ -640,6 +647,36 @@ static void end_on_signals(void)
         sigaction(number, &action, NULL);
 }
 
+static void obey(const char *dir, const char *name, char word)
+{
+    if (word == 'x')
+        exit(EXIT_REFUSED); /* the server knows why, and tells it */
+    if (word != 'g')
+        refuse("%s/%s: expected 'g' or 'x', is byte %d", dir, name, (unsigned char)word);
+}
+
+/* Look for the file with the server's word: nothing tells a process in gVisor that a file of the host has appeared.
+ * The server writes it under another name first, so that it is never seen empty. */
+static void look_for_word(const char *dir)
+{
+    static const struct timespec pause = {.tv_nsec = FILEGATE_NS};
+    char path[PATH_MAX], word;
+
+    if (snprintf(path, sizeof path, "%s/word", dir) >= (int)sizeof path)
+        refuse("%s: the path is too long", dir);
+    while (access(path, F_OK) != 0) {
+        if (errno != ENOENT && errno != EINTR)
+            refuse("%s: %s", path, strerror(errno));
+        nanosleep(&pause, NULL);
+    }
+    int fd = open_control(dir, "word", O_NONBLOCK);
+    struct stat status;
+    if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode) || read(fd, &word, 1) != 1)
+        refuse("%s is not a file with a word", path);
+    close(fd);
+    obey(dir, "word", word);
+}
+
 /*
  * Wait for the server's word. It holds the FIFO open for reading and writing since before the container's start,
  * so end of file means that it died: opening again blocks until the next server has the FIFO open. The old
@@ -668,10 +705,7 @@ static void wait_at_gate(const char *dir)
             break;
     }
     close(fd);
-    if (word == 'x')
-        exit(EXIT_REFUSED); /* the server knows why, and tells it */
-    if (word != 'g')
-        refuse("%s/gate: expected 'g' or 'x', is byte %d", dir, (unsigned char)word);
+    obey(dir, "gate", word);
 }
 
 /* Reap whoever ended; true when the program itself did. */
@@ -734,7 +768,7 @@ static int run(const char *dir, char **argv)
         /* On the host other processes of this uid could trace us and run code of theirs before the gate. */
         int dumpable = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
         prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
-        wait_at_gate(dir);
+        (expected.filegate ? look_for_word : wait_at_gate)(dir);
         prctl(PR_SET_DUMPABLE, dumpable == 1, 0, 0, 0);
     }
     apply_environment();

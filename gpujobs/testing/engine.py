@@ -98,9 +98,14 @@ class FakeContainer:
         return dict(self.request.get("Labels") or {})
 
     @property
+    def host(self) -> Mapping[str, Any]:
+        """Its HostConfig."""
+        return self.request.get("HostConfig") or {}
+
+    @property
     def gpus(self) -> frozenset[str]:
         """The UUIDs that its environment makes visible under a GPU runtime."""
-        host = self.request.get("HostConfig") or {}
+        host = self.host
         if host.get("Runtime", "runc") == "runc":
             return frozenset()
         return frozenset(self.environment.get("NVIDIA_VISIBLE_DEVICES", "void").split(",")) - {"void"}
@@ -108,14 +113,14 @@ class FakeContainer:
     @property
     def control(self) -> Path | None:
         """The control directory with the FIFO at which its init waits; None where it has no init."""
-        for mount in (self.request.get("HostConfig") or {}).get("Mounts") or []:
+        for mount in self.host.get("Mounts") or []:
             if str(mount["Target"]).startswith(f"{CONTROL}-"):
                 return Path(mount["Source"])
         return None
 
     def take_secrets(self) -> None:
         """Read them as its init does, if there are to be any; an init that finds none refuses."""
-        if self.control is not None and DIRECTORY in ((self.request.get("HostConfig") or {}).get("Tmpfs") or {}):
+        if self.control is not None and DIRECTORY in (self.host.get("Tmpfs") or {}):
             self.secrets = (self.control / "secrets").read_bytes()
 
 
@@ -223,6 +228,11 @@ class FakeEngine:
 
     def _look_at_gate(self, container: FakeContainer) -> None:
         if container.gate < 0 or container.released:
+            return
+        assert container.control is not None
+        if container.host.get("Runtime") == "runsc":
+            if (container.control / "word").exists():
+                self._release(container)
             return
         with suppress(BlockingIOError):
             if os.read(container.gate, 1) == b"g":

@@ -181,7 +181,7 @@ def ask(world: World, secrets: tuple[Secret, ...], values: list[dict[str, bytes]
         ("a", [], "the value of the secret a was not sent"),
         ("ab", [{"b": b"x"}], "the value of the secret a was not sent"),
         ("a", [{"a": b"x" * (VALUE_MAX + 1)}], "256 KiB"),
-        ("abcde", [{name: b"x" * VALUE_MAX for name in "abcde"}], f"{TOTAL_MAX >> 20} MiB"),
+        ("abcde", [dict.fromkeys("abcde", b"x" * VALUE_MAX)], f"{TOTAL_MAX >> 20} MiB"),
     ],
 )
 def test_what_a_client_sends_in_spite_of_its_own_checks_is_refused(
