@@ -52,19 +52,25 @@ def keeper(pid: int) -> int:
     """
     if _name(pid) != b"runsc-sandbox":
         return pid
-    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-        parent = next(int(line.split()[1]) for line in file if line.startswith("PPid:"))
-    for task in os.listdir(f"/proc/{parent}/task"):
-        with open(f"/proc/{parent}/task/{task}/children", encoding="ascii") as file:
-            for child in map(int, file.read().split()):
-                if _name(child) == b"runsc-gofer":
-                    return child
+    parent = _parent(pid)
+    # Not by the parent's list of children: what its threads have begun moves about in it while it is read.
+    for other in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        try:
+            if _name(other) == b"runsc-gofer" and _parent(other) == parent:
+                return other
+        except OSError:  # it has ended
+            continue
     raise MountError("refused", "the gVisor sandbox has no gofer that its volumes could be opened in")
 
 
 def _name(pid: int) -> bytes:
     with open(f"/proc/{pid}/cmdline", "rb") as file:
         return file.read().partition(b"\0")[0]
+
+
+def _parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
 
 
 def unseal(pid: int, doors: Iterable[dict[str, Any]]) -> None:

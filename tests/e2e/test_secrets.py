@@ -34,6 +34,12 @@ def key(place: Place, alice: Account) -> Path:
 
 
 @pytest.fixture
+def server(make_server: MakeServer) -> Server:
+    """A server of the test's own: two on one Engine refuse, and some tests kill theirs."""
+    return make_server().start()
+
+
+@pytest.fixture
 def volume(place: Place, alice: Account) -> Path:
     return place.volume(alice)
 

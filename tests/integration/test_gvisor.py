@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,9 +114,11 @@ def bundle() -> Iterator[Bundle]:
 
 def sandbox(process: subprocess.Popen[str]) -> int | None:
     """The container's first process on the host, as the Engine tells it."""
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"runsc-sandbox\0"):
-            return int(child)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+            if path.read_bytes().startswith(b"runsc-sandbox\0") and parent == process.pid:
+                return int(path.parent.name)
     return None
 
 
@@ -223,6 +225,7 @@ def test_a_sealed_volume_is_opened_in_the_gofers_mounts(bundle: Bundle, opened: 
 
 
 def _mounted(first: int) -> bool:
+    """The gofer makes its mounts after it has begun, and the Engine's start waits for them."""
     return " /v " in Path(f"/proc/{keeper(first)}/mountinfo").read_text()
 
 
