@@ -241,6 +241,14 @@ def under_gvisor(spec: JobSpec) -> bool:
     return spec.runtime == "runsc"
 
 
+def runtime_hint(said: str) -> str:
+    """What to do about what a runtime said when a container did not start; empty where nothing is known."""
+    if "cannot run with network enabled in root network namespace" in said:  # seen with runsc of 2022 on Linux 6.18
+        return (". This gVisor is older than the machine's kernel, and takes every network for the machine's own: the "
+                "administrator can install a newer runsc, or register it with the option --network=none")  # fmt: skip
+    return ""
+
+
 def _added(spec: JobSpec) -> list[str]:
     """The capabilities that the init is given; the Engine's own spelling."""
     return sorted(f"CAP_{name}" for name in (*spec.cap_add, *_IDENTITY)) if spec.cap_add else []

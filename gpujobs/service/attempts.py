@@ -34,6 +34,7 @@ from gpujobs.core.container import (
     home_of,
     in_memory,
     passwd_file,
+    runtime_hint,
     under_gvisor,
 )  # fmt: skip
 from gpujobs.core.cuda import needs_newer_driver
@@ -520,7 +521,9 @@ class Attempt:
             content = secrets.handed_over(order.spec.secrets, values)
             hand_over(self._secrets, content, order.owner.uid, order.owner.gid)
         if under_gvisor(order.spec) and not (self.control / "word").exists():
-            (self.control / "word.new").write_bytes(b"g")  # now: at the release the disk may be full
+            word = self.control / "word.new"
+            word.write_bytes(b"g")  # now: at the release the disk may be full
+            word.chmod(0o644)
         init, gate = self.control / "init", self.control / "gate"
         if not init.exists():
             os.link(self._service.paths.init, init)
@@ -578,7 +581,7 @@ class Attempt:
             try:
                 await engine.start(self.container)
             except EngineError as error:
-                failure = Failed("server", f"its container did not start: {error}")
+                failure = Failed("server", f"its container did not start: {error}{runtime_hint(str(error))}")
                 # An Engine that was killed while it started one may have left a half of it behind, and then says
                 # "already exists" for ever.
                 raise failure if self._fresh else Again(failure.ending) from error

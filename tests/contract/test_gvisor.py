@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 
 import pytest
@@ -28,11 +30,14 @@ def submit(world: World) -> None:
 
 
 def test_it_is_let_go_by_a_file(world: World) -> None:
+    umask = os.umask(0o077)  # the server's
     submit(world)
+    os.umask(umask)
     (container,) = world.running()
     assert container.request["HostConfig"]["Runtime"] == "runsc"
     control = world.paths.attempts / container.name
     assert (control / "word").read_bytes() == b"g"
+    assert stat.S_IMODE((control / "word").stat().st_mode) == 0o644, "the job's user has to read it"
     assert not (control / "word.new").exists()
     assert b"\0filegate=1\0" in (control / "job").read_bytes()
     world.finish(0, 3)

@@ -20,7 +20,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,7 +243,7 @@ class Engine:
     @staticmethod
     def private(
         tmpdir: Path, *, bridge: str | None = None, live_restore: bool = False, nvml_state: Path = NVML_STATE,
-        runtimes: Mapping[str, str] | None = None,
+        runtimes: Mapping[str, Sequence[str]] | None = None,
     ) -> Daemon:
         """Start a disposable Engine with its data in ``tmpdir``; end it with ``destroy``.
 
@@ -253,7 +253,7 @@ class Engine:
                 writes no iptables rules, so that it cannot disturb another Engine.
             live_restore: whether containers outlive its dockerd and are taken up by the next.
             nvml_state: the state file of the machine whose GPUs its runtime grants.
-            runtimes: programs of further runtimes, by their names.
+            runtimes: programs of further runtimes and their options, by the runtimes' names.
         """
         digest = hashlib.sha256(str(tmpdir).encode()).hexdigest()[:8]
         daemon = Daemon(tmpdir, RUN / f"engine-{digest}", bridge or f"gj{digest}", iptables=False,
@@ -282,16 +282,18 @@ class Daemon:
             empties the chains named DOCKER when it starts.
         live_restore: whether containers outlive the daemon.
         nvml_state: state file of the machine whose GPUs the runtime grants.
-        runtimes: programs of further runtimes, by their names.
+        runtimes: programs of further runtimes and their options, by the runtimes' names.
     """
 
     def __init__(
         self, home: Path, run_dir: Path, bridge: str, *, iptables: bool, live_restore: bool = False,
-        nvml_state: Path = NVML_STATE, runtimes: Mapping[str, str] | None = None,
+        nvml_state: Path = NVML_STATE, runtimes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.home, self.run_dir, self.bridge = home, run_dir, bridge
         self.iptables, self.live_restore, self.nvml_state = iptables, live_restore, nvml_state
-        self.runtimes = {name: {"path": path} for name, path in (runtimes or {}).items()}
+        self.runtimes = {
+            name: {"path": path, "runtimeArgs": options} for name, (path, *options) in (runtimes or {}).items()
+        }
         self.runtime_dir = home / "runtime"
         self.log = home / "dockerd.log"
         self._config = home / "daemon.json"
