@@ -29,6 +29,7 @@ from gpujobs.core.container import (
     group_file,
     passwd_file,
     ranges,
+    runtime_hint,
     shm_size_of,
 )
 from gpujobs.core.errors import Refused
@@ -578,3 +579,14 @@ def test_other_launchers_are_told_where_the_secrets_are_and_not_what_they_are() 
     assert yaml.safe_load(text)["secrets"] == {"wandb": {"file": "/home/ann/it's k"}, "hf": {"environment": "HF"}}
     assert yaml.safe_load(text)["services"]["job"]["secrets"] == [
         {"source": "wandb", "target": "wandb.key"}, {"source": "hf", "target": "hf"}]  # fmt: skip
+
+
+def test_a_gvisor_that_is_older_than_the_kernel_is_told_with_what_to_do() -> None:
+    """As runsc 0.0~20221219 answers on Linux 6.18, also to plain ``docker run``."""
+    said = (
+        'OCI runtime start failed: starting container: setting up network: creating interfaces from net namespace '
+        '"/proc/22403/ns/net": cannot run with network enabled in root network namespace: unknown'
+    )
+    assert "older than the machine's kernel" in runtime_hint(said)
+    assert "--network=none" in runtime_hint(said)
+    assert runtime_hint("permission denied") == ""
