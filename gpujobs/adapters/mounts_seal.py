@@ -7,7 +7,7 @@ directories in /etc). So a writable pin is read-only while the runtime works, an
 mounts when nothing but the waiting init runs in there. Standard library only, like the helper that it belongs to.
 """
 # The helper stays small: it does not load pathlib.
-# ruff: noqa: PTH118
+# ruff: noqa: PTH118, PTH123
 
 from __future__ import annotations
 
@@ -42,6 +42,37 @@ def seal(target: str) -> list[str]:
     return writable
 
 
+def keeper(pid: int) -> int:
+    """The process that has a container's mounts: its first one, but under gVisor the one that opens files for it.
+
+    gVisor's first process on the host, the sandbox, sees an empty directory; the gofer beside it has the mounts.
+
+    Raises:
+        MountError: A sandbox has no gofer.
+    """
+    if _name(pid) != b"runsc-sandbox":
+        return pid
+    parent = _parent(pid)
+    # Not by the parent's list of children: what its threads have begun moves about in it while it is read.
+    for other in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        try:
+            if _name(other) == b"runsc-gofer" and _parent(other) == parent:
+                return other
+        except OSError:  # it has ended
+            continue
+    raise MountError("refused", "the gVisor sandbox has no gofer that its volumes could be opened in")
+
+
+def _name(pid: int) -> bytes:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read().partition(b"\0")[0]
+
+
+def _parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
+
+
 def unseal(pid: int, doors: Iterable[dict[str, Any]]) -> None:
     """Make a container's mounts of pins as writable as they are meant to be.
 
@@ -53,6 +84,7 @@ def unseal(pid: int, doors: Iterable[dict[str, Any]]) -> None:
     Raises:
         MountError: Something else is at a target.
     """
+    pid = keeper(pid)
     root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     points = {mount.id: mount.point for mount in mount_table(pid)}

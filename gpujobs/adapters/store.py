@@ -206,6 +206,18 @@ class Ledger:
         """The images that came of a submission's builds, by the builds' digests."""
         return {str(row["build"]): str(row["image"]) for row in self._rows("submission_builds", number=number)}
 
+    def add_secrets(self, number: int, file: str) -> None:
+        """The file with a submission's secrets."""
+        self._run("add_secrets", number=number, file=file)
+
+    def secrets(self) -> dict[int, str]:
+        """The files with secrets, by their submissions."""
+        return {int(row["number"]): str(row["file"]) for row in self._rows("kept_secrets")}
+
+    def secrets_removed(self, number: int) -> None:
+        """A submission's secrets are gone."""
+        self._run("remove_secrets", number=number)
+
 
 def job_of(row: sqlite3.Row) -> Job:
     """The job of a row."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gpujobs.core import secrets
 from gpujobs.core.errors import Refused
 from gpujobs.core.inventory import Gpu
 from gpujobs.core.job import Allocation, JobId, Owner
@@ -218,11 +219,35 @@ def shm_size_of(order: Order) -> int:
     return order.spec.shm_size or max(MINIMUM_SHM, order.allocation.memory // 4)
 
 
+def in_memory(owner: Owner, size: int | None = None) -> str:
+    """The options of a file system in memory that is the owner's alone, of at most so many bytes."""
+    return f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700" + (f",size={size}" if size else "")
+
+
+def tmpfs_of(order: Order) -> dict[str, str]:
+    """All file systems in memory, by their places: one for the secrets, which are to be in no layer, among them."""
+    ours = {secrets.DIRECTORY: in_memory(order.owner, secrets.MEMORY) + ",noexec"} if order.spec.secrets else {}
+    return {**order.tmpfs, **ours}
+
+
 def runtime_of(order: Order) -> str:
     """The OCI runtime that a container is made with."""
     if order.spec.runtime is not None:
         return order.spec.runtime
     return order.runtime if order.allocation.gpus and order.visible != "void" else "runc"
+
+
+def under_gvisor(spec: JobSpec) -> bool:
+    """Whether a job's kernel is gVisor's: its init then waits for a file, as it may not open a FIFO of the host."""
+    return spec.runtime == "runsc"
+
+
+def runtime_hint(said: str) -> str:
+    """What to do about what a runtime said when a container did not start; empty where nothing is known."""
+    if "cannot run with network enabled in root network namespace" in said:  # seen with runsc of 2022 on Linux 6.18
+        return (". This gVisor is older than the machine's kernel, and takes every network for the machine's own: the "
+                "administrator can install a newer runsc, or register it with the option --network=none")  # fmt: skip
+    return ""
 
 
 def _added(spec: JobSpec) -> list[str]:
@@ -267,7 +292,7 @@ def create_request(order: Order) -> Json:
                         for name in ("passwd", "group")),
                       *order.mounts)
         ],
-        "Tmpfs": dict(order.tmpfs),
+        "Tmpfs": tmpfs_of(order),
         "LogConfig": dict(order.log),
     }  # fmt: skip
     if allocation.cpus:
@@ -386,6 +411,8 @@ def control_file(order: Order) -> bytes:
         "groups=" + ",".join(str(gid) for gid in sorted(set(owner.groups))),
         f"caps={capability_mask(order.spec.cap_add):x}",
         *([f"keep={capability_mask(order.spec.cap_add):x}"] if order.spec.cap_add else []),
+        *(["filegate=1"] if under_gvisor(order.spec) else []),
+        *(["secrets=1"] if order.spec.secrets else []),
         *(f"env={name}={value}" for name, value in inside),
     ]
     content = b"".join(record.encode("utf-8", "surrogateescape") + b"\0" for record in records)
@@ -431,6 +458,7 @@ def differences(order: Order, inspected: Mapping[str, Any]) -> list[str]:
         ("added capabilities", sorted(host.get("CapAdd") or []), wanted["HostConfig"]["CapAdd"]),
         ("IPC mode", host.get("IpcMode"), wanted["HostConfig"]["IpcMode"]),
         ("network mode", host.get("NetworkMode"), wanted["HostConfig"]["NetworkMode"]),
+        ("file systems in memory", host.get("Tmpfs") or {}, wanted["HostConfig"]["Tmpfs"]),
         ("entry point", config.get("Entrypoint"), wanted["Entrypoint"]),
     )
     return [f"{what} is {found!r}, {asked!r} was asked for" for what, found, asked in checks if found != asked]

@@ -18,6 +18,7 @@ from gpujobs.core.container import (
     shm_size_of,
     ulimits_of,
 )
+from gpujobs.core.secrets import DIRECTORY
 from gpujobs.core.yamltext import document, literal
 
 
@@ -44,11 +45,7 @@ def docker_run(order: Order) -> str:
         words += ["--cpuset-cpus", ranges(order.near)]
     for name, soft, hard in ulimits_of(order):
         words += ["--ulimit", f"{name}={soft}:{hard}"]
-    for mount in order.mounts:
-        fields = f"type=bind,source={mount.source},target={mount.target}" + (",readonly" if mount.read_only else "")
-        words += ["--mount", fields]
-    for target, options in order.tmpfs.items():
-        words += ["--tmpfs", f"{target}:{options}"]
+    words += _mounts(order)
     for port in spec.ports:
         published = "" if port.published is None else str(port.published)
         words += ["--publish", f"{port.host_ip}:{published}:{port.target}/{port.protocol}"]
@@ -64,6 +61,18 @@ def docker_run(order: Order) -> str:
         words += ["--entrypoint", spec.entrypoint[0] if spec.entrypoint else ""]
         arguments = [*spec.entrypoint[1:], *arguments]
     return shlex.join([*words, order.image.reference, *arguments])
+
+
+def _mounts(order: Order) -> list[str]:
+    binds = [(mount.source, mount.target, mount.read_only) for mount in order.mounts]
+    # A secret that was a variable has no place in such a line but as its value, which is nowhere here.
+    binds += [(secret.file, f"{DIRECTORY}/{secret.target}", True) for secret in order.spec.secrets if secret.file]
+    words: list[str] = []
+    for source, target, read_only in binds:
+        words += ["--mount", f"type=bind,source={source},target={target}" + (",readonly" if read_only else "")]
+    for target, options in order.tmpfs.items():
+        words += ["--tmpfs", f"{target}:{options}"]
+    return words
 
 
 def compose(order: Order) -> str:
@@ -100,11 +109,17 @@ def compose(order: Order) -> str:
         ],
         "tmpfs": [f"{target}:{options}" for target, options in order.tmpfs.items()],
         "healthcheck": _healthcheck(order),
+        "secrets": [{"source": secret.name, "target": secret.target} for secret in spec.secrets],
     }  # fmt: skip
     kept = {key: _without_none(value) for key, value in service.items() if value not in (None, [], {})}
     if spec.entrypoint == ():
         kept["entrypoint"] = []
-    return document({"name": spec.name.lower(), "services": {"job": kept}})
+    whole: dict[str, object] = {"name": spec.name.lower(), "services": {"job": kept}}
+    if spec.secrets:
+        whole["secrets"] = {
+            s.name: {"file": literal(s.file)} if s.file else {"environment": s.environment} for s in spec.secrets
+        }
+    return document(whole)
 
 
 def _healthcheck(order: Order) -> dict[str, object]:

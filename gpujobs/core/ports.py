@@ -474,6 +474,18 @@ class Ledger(Protocol):
         """The images of a submission's builds."""
         ...
 
+    def add_secrets(self, number: int, file: str) -> None:
+        """The name of the file with a submission's secrets."""
+        ...
+
+    def secrets(self) -> dict[int, str]:
+        """The names of the files with secrets, by their submissions."""
+        ...
+
+    def secrets_removed(self, number: int) -> None:
+        """A submission's secrets are no longer kept."""
+        ...
+
 
 class Store(Protocol):
     """Where the ledger is kept."""

@@ -10,6 +10,7 @@ the same classes validate and describe the file.
 from __future__ import annotations
 
 import dataclasses
+import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Annotated, ClassVar
 
 from gpujobs.core import builds, forms, gpukeys, limits, mounts
 from gpujobs.core.markers import Around, ContextForm, Form
+from gpujobs.core.secrets import DIRECTORY, SECRETS_SCHEMA, Secret, covers
+from gpujobs.core.secrets import secrets as secrets_of
 from gpujobs.core.values import (
     Context,
     Fault,
@@ -326,6 +329,7 @@ class JobSpec:
         cap_add: Capabilities, without ``CAP_``.
         driver_capabilities: What of NVIDIA's driver is mounted; empty means compute and utility.
         runtime: ``runsc``; None means the server's.
+        secrets: Where they are from and where the program finds them; their values are nowhere here.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = STRICT
@@ -422,6 +426,10 @@ class JobSpec:
     runtime: Annotated[
         str | None, _word("a runtime", ("runsc",), "runsc: under gVisor, where the settings allow it; without GPUs.")
     ] = None
+    secrets: Annotated[
+        tuple[Secret, ...],
+        ContextForm(secrets_of, SECRETS_SCHEMA, "Keys and tokens of yours, which the program finds in /run/secrets."),
+    ] = ()
 
 
 # ---------------------------------------------------------------------------------------------- the file
@@ -430,6 +438,7 @@ SUPPORTED = frozenset({
     "name", "image", "build", "command", "entrypoint", "environment", "env_file", "volumes", "ports",
     "ulimits", "working_dir", "shm_size", "cpus", "mem_limit", "labels", "stop_signal", "stop_grace_period",
     "healthcheck", "gpus", "time_limit", "matrix", "ipc", "network_mode", "cap_add", "driver_capabilities", "runtime",
+    "secrets",
 })  # fmt: skip
 """The keys that this version acts on; the model's other keys are validated and refused, never ignored."""
 
@@ -520,7 +529,6 @@ class JobFile(JobSpec):
     preemptible: Annotated[bool | None, _flag()] = None
     idle_timeout: Annotated[float | None, _span_form()] = None
     nodes: Annotated[int | None, _whole("a number of nodes", 1, 1024)] = None
-    secrets: Annotated[tuple[str, ...], _texts("a secret", "a secret's name, such as wandb")] = ()
     wait_for_max: Annotated[float | None, _span_form()] = None
 
     def spec(self) -> JobSpec:
@@ -554,7 +562,18 @@ def _file_rules(value: Mapping[str, object]) -> list[Fault]:
     if "shm_size" in value and isinstance(shm, str) and shm in ("host", "none"):
         faults.append(Fault(("shm_size",), f"a job with ipc: {shm} has no /dev/shm of its own; leave one of them out",
                             at_key=True))  # fmt: skip
+    volumes = value.get("volumes")
+    if "secrets" in value and isinstance(volumes, list | tuple):
+        faults += [Fault(("volumes", index), f"the secrets are at {DIRECTORY}; mount it elsewhere")
+                   for index, item in enumerate(volumes) if covers(_target(item))]  # fmt: skip
     return faults
+
+
+def _target(volume: object) -> str:
+    """Where a volume is mounted, as far as the file's form says it."""
+    if isinstance(volume, Mapping):
+        return posixpath.normpath(str(volume.get("target")))
+    return posixpath.normpath([*str(volume).split(":"), ""][1])
 
 
 def _file_schema(inner: Json) -> Json:

@@ -78,6 +78,7 @@ class Context:
         variables: The user's environment, at least as far as the file names it.
         working_directory: Where the user is; nothing in the file depends on it.
         env_files: The text of each env_file by its path as written in the file (after ``${VAR}``).
+        secrets: Of each secret that the client looked for, by its name, why it has no value; empty where it has one.
         uuids: UUIDs of the machine's GPUs by their index, as far as known, for better messages.
     """
 
@@ -87,6 +88,7 @@ class Context:
     variables: Mapping[str, str]
     working_directory: str = ""
     env_files: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict)
     uuids: tuple[str, ...] = ()
 
 

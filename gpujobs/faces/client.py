@@ -109,7 +109,8 @@ class Client:
         """What the first job of the files would get now; nothing is done."""
         from gpujobs.faces import jobfiles
 
-        return self._call("POST", "/plan", body=jobfiles.submission(files, os.environ, run_as=run_as))
+        body = jobfiles.submission(files, os.environ, run_as=run_as, secrets=False)
+        return self._call("POST", "/plan", body=body)
 
     def rerun(self, job: str) -> dict[str, Any]:
         """Submit a job or an array again as it was."""

@@ -16,6 +16,8 @@ from typing import Any
 
 from gpujobs import places, wire
 from gpujobs.core.errors import InvalidInput, Problem
+from gpujobs.core.values import Context
+from gpujobs.faces.secretfiles import as_sent, secrets_of
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -31,13 +33,16 @@ _FLOW = re.compile(r"^[ \t]*(?:environment|args)[ \t]*:[ \t]*[\[{]([^\]}]*)", re
 _ITEM = re.compile(r"^[ \t]*-[ \t]*(.*)$")
 
 
-def submission(files: Sequence[str], environ: Mapping[str, str], *, run_as: str | None = None) -> dict[str, Any]:
+def submission(
+    files: Sequence[str], environ: Mapping[str, str], *, run_as: str | None = None, secrets: bool = True
+) -> dict[str, Any]:
     """The body of ``POST /v1/jobs`` for these files; ``-`` is the standard input.
 
     Args:
         files: Names as the user wrote them.
         environ: Where the values of the variables come from.
-        run_as: The account to run as; for root and administrators.
+        run_as: The account to run as; for root and administrators. No secret is read then.
+        secrets: Whether the secrets' values are sent; else only whether they are there.
 
     Raises:
         InvalidInput: A file cannot be read, is too big, or is not UTF-8; a path or a variable's value is not
@@ -47,7 +52,7 @@ def submission(files: Sequence[str], environ: Mapping[str, str], *, run_as: str 
         here = Path.cwd()
     except OSError as error:
         raise InvalidInput("the working directory is not there any more", hint="`cd` to one that is.") from error
-    entries: list[dict[str, str]] = []
+    entries: list[dict[str, Any]] = []
     variables: dict[str, str] = {}
     env_files: dict[str, str] = {}
     for name in files:
@@ -55,7 +60,10 @@ def submission(files: Sequence[str], environ: Mapping[str, str], *, run_as: str 
         base = here if name == "-" else (here / name).parent
         if not _is_text(name) or not _is_text(str(base)):
             raise InvalidInput(f"the path {str(base / name)!r} is not UTF-8")
-        entries.append({"file": shown_name(name), "directory": str(base), "text": text})
+        entry: dict[str, Any] = {"file": shown_name(name), "directory": str(base), "text": text}
+        if found := secrets_of(text, file_context(name, base, environ), own=run_as is None):
+            entry["secrets"] = as_sent(found, values=secrets)
+        entries.append(entry)
         variables.update(variables_of(text, environ))
         for path, content in env_files_of(text, base, environ).items():
             if env_files.setdefault(path, content) != content:
@@ -69,6 +77,11 @@ def submission(files: Sequence[str], environ: Mapping[str, str], *, run_as: str 
         "run_as": run_as,
         "options": {},
     }
+
+
+def file_context(name: str, base: Path, environ: Mapping[str, str]) -> Context:
+    """What a job file's paths and variables are read with."""
+    return Context(file=shown_name(name), directory=str(base), home=str(places.home(environ)), variables=environ)
 
 
 def read_bytes(name: str) -> bytes:

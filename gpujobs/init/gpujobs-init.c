@@ -6,14 +6,21 @@
  *   gpujobs-init probe [--dir DIR] [--join FILE]... MAJOR:MINOR[-MINOR]...
  *   gpujobs-init --version
  *
- * The server mounts a directory read-only at /.gpujobs; it holds this binary, `job` (the control file) and
- * `gate` (a FIFO on which the server releases the job once it has checked the devices granted).
+ * The server mounts a directory read-only at /.gpujobs; it holds this binary, `job` (the control file), `gate` (a
+ * FIFO on which the server releases the job once it has checked the devices granted) and, where the job has
+ * secrets, `secrets`, which the job's user alone can read.
  * --dir stands before the mode, which the server writes: whatever a user's command looks like, it cannot
  * name another directory. Nothing is taken from the environment either, because the image sets that.
  *
- * Control file: records "key=value", each ended by a NUL: uid=N gid=N groups=N,N,... caps=HEX keep=HEX nogate=1, and
- * any number of env=NAME=VALUE (set) and env=NAME (remove). keep= are the capabilities that the program is to have
- * (ambient, so that they outlive the change of uid and the exec); without it, it has none.
+ * Control file: records "key=value", each ended by a NUL: uid=N gid=N groups=N,N,... caps=HEX keep=HEX nogate=1
+ * filegate=1 secrets=1, and any number of env=NAME=VALUE (set) and env=NAME (remove). keep= are the capabilities that the
+ * program is to have (ambient, so that they outlive the change of uid and the exec); without it, it has none.
+ *
+ * With filegate=1 the gate is a file `word` that appears: gVisor lets nothing in a container open a FIFO of the host.
+ *
+ * Secrets: for each its file's name, its variable's (or nothing) and its length in digits, each ended by a NUL, then
+ * its bytes and a NUL. With secrets=1, `run` writes them to /run/secrets, which has to be a file system in memory of
+ * the job's user alone, and both `run` and `exec` set the variables.
  *
  * The binary is static: nothing of an image (loader, libc, NSS, /etc/passwd) takes part in the check.
  * Exit codes: 125 refused by this program (as `docker run` has it), 126 and 127 as shells have them.
@@ -24,6 +31,7 @@
 #include <grp.h>
 #include <limits.h>
 #include <linux/capability.h>
+#include <linux/magic.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -34,15 +42,20 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define VERSION "gpujobs-init 1"
 #define CONTROL_DIR "/.gpujobs"
 #define CONTROL_MAX (1 << 20)  /* bytes; an environment larger than this would not pass execve anyway */
+#define SECRETS_DIR "/run/secrets"
+#define SECRETS_MAX ((1 << 20) + (1 << 16))  /* bytes: the server's limit of all of them, and room for names */
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  /* the Engine's own */
+#define FILEGATE_NS 20000000L  /* between looks: a start takes half a second under gVisor anyway */
 #define ID_MAX 0xfffffffeu     /* (uid_t)-1 means "leave unchanged" to setresuid: never an identity */
 #define DEVICES_MAX 4096       /* of one probe */
 #define MAJOR_MAX 0xfffu       /* the kernel's dev_t has 12 bits of major, 20 of minor */
@@ -58,11 +71,15 @@ struct identity {
     uint64_t caps; /* what the bounding set may still hold */
     uint64_t keep; /* what the program has: all of it, and nothing else */
     bool nogate;
+    bool filegate;
+    bool secrets;
 };
 
 /* Static, not on the heap: sizes are bounded, and putenv() keeps pointers into `control`. */
 static char control[CONTROL_MAX + 1];
 static size_t control_size;
+static char secrets[SECRETS_MAX + 1];
+static size_t secrets_size;
 static struct identity expected;
 static gid_t actual_groups[NGROUPS_MAX];
 
@@ -130,29 +147,32 @@ static int open_control(const char *dir, const char *name, int flags)
     return fd;
 }
 
-static void read_control(const char *dir)
+/* A regular file of the control directory, whole, into a buffer of max + 1 bytes; its last byte has to be a NUL. */
+static size_t read_whole(const char *dir, const char *name, char *buffer, size_t max)
 {
     /* O_NONBLOCK: a FIFO planted under the name must be refused, not waited for. */
-    int fd = open_control(dir, "job", O_NONBLOCK);
+    int fd = open_control(dir, name, O_NONBLOCK);
     struct stat status;
+    size_t size = 0;
 
     if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode))
-        refuse("%s/job is not a regular file", dir);
+        refuse("%s/%s is not a regular file", dir, name);
     for (;;) {
-        ssize_t n = read(fd, control + control_size, sizeof control - control_size);
+        ssize_t n = read(fd, buffer + size, max + 1 - size);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
-            refuse("%s/job: %s", dir, strerror(errno));
+            refuse("%s/%s: %s", dir, name, strerror(errno));
         if (n == 0)
             break;
-        control_size += (size_t)n;
-        if (control_size > CONTROL_MAX)
-            refuse("%s/job is larger than %d bytes", dir, CONTROL_MAX);
+        size += (size_t)n;
+        if (size > max)
+            refuse("%s/%s is larger than %zu bytes", dir, name, max);
     }
     close(fd);
-    if (control_size == 0 || control[control_size - 1] != '\0')
-        refuse("%s/job is cut off: its last record has no end", dir);
+    if (size == 0 || buffer[size - 1] != '\0')
+        refuse("%s/%s is cut off: its last record has no end", dir, name);
+    return size;
 }
 
 static int by_number(const void *left, const void *right)
@@ -200,7 +220,7 @@ static uint64_t parse_value(const char *key, const char *text, unsigned base, ui
 
 static void parse_control(void)
 {
-    enum { UID = 1, GID = 2, GROUPS = 4, CAPS = 8, NOGATE = 16, KEEP = 32 };
+    enum { UID = 1, GID = 2, GROUPS = 4, CAPS = 8, NOGATE = 16, KEEP = 32, SECRETS = 64, FILEGATE = 128 };
     unsigned seen = 0, key;
 
     for (char *record = control; record < control + control_size; record += strlen(record) + 1) {
@@ -227,6 +247,10 @@ static void parse_control(void)
             key = KEEP, expected.keep = parse_value("keep", value, 16, UINT64_MAX);
         } else if (IS("nogate")) {
             key = NOGATE, expected.nogate = parse_value("nogate", value, 10, 1) != 0;
+        } else if (IS("filegate")) {
+            key = FILEGATE, expected.filegate = parse_value("filegate", value, 10, 1) != 0;
+        } else if (IS("secrets")) {
+            key = SECRETS, expected.secrets = parse_value("secrets", value, 10, 1) != 0;
         } else {
             refuse("control file: unknown record \"%.200s\"", record);
         }
@@ -392,10 +416,116 @@ static void check_identity(void)
 
 static void become_job(const char *dir)
 {
-    read_control(dir);
+    control_size = read_whole(dir, "job", control, CONTROL_MAX);
     parse_control();
     take_identity();
     check_identity();
+}
+
+/* ---- secrets ----------------------------------------------------------------------------------------- */
+
+struct secret {
+    const char *name, *variable;
+    char *value; /* a NUL follows */
+    size_t length;
+};
+
+/* The text at `p` up to its NUL, and where what follows it begins; the buffer's last byte is a NUL. */
+static const char *take_text(char **p)
+{
+    const char *text = *p;
+
+    if (text >= secrets + secrets_size)
+        refuse("secrets: the last one is cut off");
+    *p += strlen(text) + 1;
+    return text;
+}
+
+/* The secret at `p`, which is moved behind it. */
+static struct secret take_secret(char **p)
+{
+    struct secret secret = {.name = take_text(p)};
+    uint64_t length;
+
+    secret.variable = take_text(p);
+    const char *digits = take_text(p), *end = parse_number(digits, 10, SECRETS_MAX, &length);
+
+    if (secret.name[0] == '\0' || secret.name[0] == '.' || strchr(secret.name, '/') != NULL)
+        refuse("secrets: \"%.200s\" is no file's name", secret.name);
+    if (strchr(secret.variable, '=') != NULL)
+        refuse("secrets: \"%.200s\" is no variable's name", secret.variable);
+    if (end == NULL || *end != '\0' || length >= (uint64_t)(secrets + secrets_size - *p) || (*p)[length] != '\0')
+        refuse("secrets: the length of %s is wrong", secret.name);
+    secret.value = *p;
+    secret.length = (size_t)length;
+    *p += length + 1;
+    return secret;
+}
+
+/* /run/secrets as the server asked for it. Were it part of the image's file system, or a volume, what is written
+ * there would be kept, and shown to others. */
+static int open_secrets(void)
+{
+    int dir = open(SECRETS_DIR, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    struct statfs system;
+    struct stat status;
+
+    if (dir < 0 || fstatfs(dir, &system) != 0 || fstat(dir, &status) != 0)
+        refuse("secrets: %s: %s", SECRETS_DIR, strerror(errno));
+    if (system.f_type != TMPFS_MAGIC)
+        refuse("secrets: %s is not in memory", SECRETS_DIR);
+    if (status.st_uid != expected.uid || (status.st_mode & 077) != 0)
+        refuse("secrets: %s is not the job's alone", SECRETS_DIR);
+    return dir;
+}
+
+static void write_secret(int dir, const struct secret *secret)
+{
+    int fd = openat(dir, secret->name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0400);
+
+    if (fd < 0 || fchmod(fd, 0400) != 0) /* the mode is subject to the umask */
+        refuse("secrets: %s/%s: %s", SECRETS_DIR, secret->name, strerror(errno));
+    for (size_t done = 0; done < secret->length;) {
+        ssize_t n = write(fd, secret->value + done, secret->length - done);
+        if (n < 0 && errno != EINTR)
+            refuse("secrets: %s/%s: %s", SECRETS_DIR, secret->name, strerror(errno));
+        if (n > 0)
+            done += (size_t)n;
+    }
+    close(fd);
+}
+
+/* Before the gate: what is wrong with them ends the job while its program has not begun. */
+static void read_secrets(const char *dir, bool write_them)
+{
+    if (!expected.secrets)
+        return;
+    secrets_size = read_whole(dir, "secrets", secrets, SECRETS_MAX);
+    int place = write_them ? open_secrets() : -1;
+    for (char *p = secrets; p < secrets + secrets_size;) {
+        struct secret secret = take_secret(&p);
+        if (write_them)
+            write_secret(place, &secret);
+    }
+    if (write_them)
+        close(place);
+}
+
+/* As variables, over those of the control file: without the end of line that a file of one line has, as the shell's
+ * $(cat FILE) gives it. Nothing of them stays in this process but that. */
+static void apply_secrets(void)
+{
+    for (char *p = secrets; p < secrets + secrets_size;) {
+        struct secret secret = take_secret(&p);
+        if (secret.variable[0] == '\0')
+            continue;
+        while (secret.length > 0 && secret.value[secret.length - 1] == '\n')
+            secret.value[--secret.length] = '\0';
+        if (setenv(secret.variable, secret.value, 1) != 0)
+            refuse("secrets: the variable %s: %s", secret.variable, strerror(errno));
+    }
+    explicit_bzero(secrets, secrets_size);
+    secrets_size = 0;
 }
 
 /* ---- the program ------------------------------------------------------------------------------------- */
@@ -517,6 +647,36 @@ static void end_on_signals(void)
         sigaction(number, &action, NULL);
 }
 
+static void obey(const char *dir, const char *name, char word)
+{
+    if (word == 'x')
+        exit(EXIT_REFUSED); /* the server knows why, and tells it */
+    if (word != 'g')
+        refuse("%s/%s: expected 'g' or 'x', is byte %d", dir, name, (unsigned char)word);
+}
+
+/* Look for the file with the server's word: nothing tells a process in gVisor that a file of the host has appeared.
+ * The server writes it under another name first, so that it is never seen empty. */
+static void look_for_word(const char *dir)
+{
+    static const struct timespec pause = {.tv_nsec = FILEGATE_NS};
+    char path[PATH_MAX], word;
+
+    if (snprintf(path, sizeof path, "%s/word", dir) >= (int)sizeof path)
+        refuse("%s: the path is too long", dir);
+    while (access(path, F_OK) != 0) {
+        if (errno != ENOENT && errno != EINTR)
+            refuse("%s: %s", path, strerror(errno));
+        nanosleep(&pause, NULL);
+    }
+    int fd = open_control(dir, "word", O_NONBLOCK);
+    struct stat status;
+    if (fstat(fd, &status) < 0 || !S_ISREG(status.st_mode) || read(fd, &word, 1) != 1)
+        refuse("%s is not a file with a word", path);
+    close(fd);
+    obey(dir, "word", word);
+}
+
 /*
  * Wait for the server's word. It holds the FIFO open for reading and writing since before the container's start,
  * so end of file means that it died: opening again blocks until the next server has the FIFO open. The old
@@ -545,10 +705,7 @@ static void wait_at_gate(const char *dir)
             break;
     }
     close(fd);
-    if (word == 'x')
-        exit(EXIT_REFUSED); /* the server knows why, and tells it */
-    if (word != 'g')
-        refuse("%s/gate: expected 'g' or 'x', is byte %d", dir, (unsigned char)word);
+    obey(dir, "gate", word);
 }
 
 /* Reap whoever ended; true when the program itself did. */
@@ -606,14 +763,16 @@ static int run(const char *dir, char **argv)
     become_job(dir);
     if (getpid() != 1)
         prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); /* orphans come to PID 1 by themselves, to others by this */
+    read_secrets(dir, true);
     if (!expected.nogate) {
         /* On the host other processes of this uid could trace us and run code of theirs before the gate. */
         int dumpable = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
         prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
-        wait_at_gate(dir);
+        (expected.filegate ? look_for_word : wait_at_gate)(dir);
         prctl(PR_SET_DUMPABLE, dumpable == 1, 0, 0, 0);
     }
     apply_environment();
+    apply_secrets();
     return run_program(argv);
 }
 
@@ -802,7 +961,9 @@ int main(int argc, char **argv)
     if (strcmp(mode, "run") == 0)
         return run(dir, argv + i);
     become_job(dir);
+    read_secrets(dir, false);
     apply_environment();
+    apply_secrets();
     reset_signals();
     return exec_program(argv + i);
 }

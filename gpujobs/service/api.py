@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -237,8 +238,8 @@ async def server(service: Service, _: Asker, __: Request) -> Response:
 async def submit(service: Service, asker: Asker, request: Request) -> Response:
     """Validate files and take their jobs in: all of them, or none."""
     service.quotas.submission(asker.uid)
-    owner, parsed = await _submission(service, asker, request)
-    made = await service.submit(owner, parsed)
+    owner, parsed, values = await _submission(service, asker, request)
+    made = await service.submit(owner, parsed, values)
     submissions = {jobs[0].id.number: len(jobs) for jobs in made}
     answer: dict[str, Any] = {
         "jobs": [{"id": number, "elements": count} for number, count in submissions.items()],
@@ -250,7 +251,7 @@ async def submit(service: Service, asker: Asker, request: Request) -> Response:
 
 async def plan(service: Service, asker: Asker, request: Request) -> Response:
     """What would happen to each job of the files now; nothing is done."""
-    owner, parsed = await _submission(service, asker, request)
+    owner, parsed, _ = await _submission(service, asker, request)
     specs = [spec for _, _, elements in parsed for _, spec in elements]
     discreet = rows.discreet(service, asker)
     plans = [await service.plan(owner, spec, discreet=discreet) for spec in specs[:MAX_PLANS]]
@@ -259,8 +260,8 @@ async def plan(service: Service, asker: Asker, request: Request) -> Response:
 
 async def _submission(
     service: Service, asker: Asker, request: Request
-) -> tuple[Owner, list[tuple[str, str, list[tuple[int | None, JobSpec]]]]]:
-    """Whose jobs the files of a request would be, and what they say: (name, text, elements)."""
+) -> tuple[Owner, list[tuple[str, str, list[tuple[int | None, JobSpec]]]], list[dict[str, bytes]]]:
+    """Whose jobs the files of a request would be; what they say: (name, text, elements); their secrets' values."""
     data = await _body(request)
     run_as = data.get("run_as")
     if run_as is not None and not isinstance(run_as, str):
@@ -270,8 +271,10 @@ async def _submission(
     if not isinstance(files, list) or not files or not all(isinstance(entry, dict) for entry in files):
         raise InvalidInput("files: a list of job files was expected")
     uuids = tuple(gpu.uuid for gpu in service.inventory.gpus)
-    parsed = []
+    parsed, secrets = [], []
     for entry in files:
+        found, values = _secrets(entry)
+        secrets.append(values)
         text = _text(entry, "text")
         context = specfile.Context(
             file=_text(entry, "file", "<stdin>"),
@@ -281,11 +284,31 @@ async def _submission(
             working_directory=_text(data, "working_directory", "/"),
             env_files=_texts(data, "env_files"),
             uuids=uuids,
+            secrets=found,
         )
         elements = await asyncio.to_thread(specfile.parse, text, context)
         parsed.append((context.file, text, [(element.index, element.spec) for element in elements]))
-    await service.check_allowed(owner, [spec for _, _, elements in parsed for _, spec in elements])
-    return owner, parsed
+    specs = [spec for _, _, elements in parsed for _, spec in elements]
+    if run_as is not None and any(spec.secrets for spec in specs):
+        raise Refused("--run-as: secrets are read by whoever submits, which is not the job's user then",
+                      hint=f"{owner.name} can submit the file.")  # fmt: skip
+    await service.check_allowed(owner, specs)
+    return owner, parsed, secrets
+
+
+def _secrets(entry: dict[str, Any]) -> tuple[dict[str, str], dict[str, bytes]]:
+    """What a client found of a file's secrets, by their names: why it has none of one, or nothing; and the values."""
+    data = entry.get("secrets") or {}
+    if not isinstance(data, dict) or not all(isinstance(item, dict) for item in data.values()):
+        raise InvalidInput("secrets: names and what was found of them were expected")
+    values = {}
+    for name, item in data.items():
+        if (text := _text(item, "value")) != "":
+            try:
+                values[name] = base64.b64decode(text, validate=True)
+            except ValueError:
+                raise InvalidInput("secrets: a value is not in base 64") from None
+    return {name: _text(item, "problem") for name, item in data.items()}, values
 
 
 async def listing(service: Service, asker: Asker, request: Request) -> Response:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpujobs.core import job as jobs
+from gpujobs.core import secrets
 from gpujobs.core.container import (
     INIT_REFUSED,
     Image,
@@ -31,7 +32,10 @@ from gpujobs.core.container import (
     differences,
     group_file,
     home_of,
+    in_memory,
     passwd_file,
+    runtime_hint,
+    under_gvisor,
 )  # fmt: skip
 from gpujobs.core.cuda import needs_newer_driver
 from gpujobs.core.endings import Ending, ending_of
@@ -40,6 +44,7 @@ from gpujobs.core.job import Allocation, Job
 from gpujobs.core.planning import source_of
 from gpujobs.core.ports import Conflict, EngineAway, EngineError, Gone, Log, MountHeld, Pin, Runner
 from gpujobs.service.faults import fault
+from gpujobs.service.secretstore import hand_over
 
 if TYPE_CHECKING:
     from gpujobs.service.loop import Service
@@ -133,6 +138,14 @@ class Attempt:
         """The host directory that the container sees as its control directory."""
         return self._service.paths.attempts / self.name
 
+    @property
+    def _secrets(self) -> Path:
+        return self.control / "secrets"
+
+    def _take_back_secrets(self) -> None:
+        """Its container has ended: nothing of its secrets stays but with the job, which has not."""
+        self._secrets.unlink(missing_ok=True)
+
     def stop(self, reason: str, message: str) -> None:
         """Ask for the end; the first reason given counts."""
         if self._stop is None:
@@ -145,6 +158,7 @@ class Attempt:
             ending, code = await self._through()
             if code is None:
                 await self._discard()
+            self._take_back_secrets()
             self._close_gate()
             self.started.set()
             fault("container-ended")
@@ -212,6 +226,7 @@ class Attempt:
 
     async def lost(self, message: str) -> None:
         """Record that its container cannot be found any more."""
+        self._take_back_secrets()
         ending = Ending(outcome="failed", reason="server", message=message)
         await self._service.end(self.job_id, ending, None)
         if self._released:
@@ -273,7 +288,11 @@ class Attempt:
 
     def _release(self) -> None:
         self._released = True
-        os.write(self._gate, b"g")
+        word = self.control / "word"
+        if not under_gvisor(self._job.spec):
+            os.write(self._gate, b"g")
+        elif not word.exists():
+            word.with_suffix(".new").rename(word)
         fault("released")
         self.started.set()
 
@@ -378,18 +397,13 @@ class Attempt:
             if volume.type == "volume":
                 await self._make_directory(source)
             mounts.append(await self._pin(source, volume.target, volume.read_only, f"{self.name}-{position}"))
-        tmpfs = {
-            v.target: f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
-            + (f",size={v.size}" if v.size else "")
-            for v in spec.volumes
-            if v.type == "tmpfs"
-        }
+        tmpfs = {v.target: in_memory(owner, v.size) for v in spec.volumes if v.type == "tmpfs"}
         taken = {mount.target for mount in mounts} | set(tmpfs)
         mounts += await self._shared(taken)
         if home not in taken:
             mount = await self._home(home)
             if mount is None:
-                tmpfs[home] = f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
+                tmpfs[home] = in_memory(owner)
             else:
                 mounts.append(mount)
         try:
@@ -417,6 +431,8 @@ class Attempt:
         owner = self._job.owner
         sources = {home: home_of(owner)} if home in self._sealed else {}
         wanted = {working_dir} if working_dir else set()
+        if self._job.spec.secrets:
+            wanted.add(secrets.DIRECTORY)
         for volume in self._job.spec.volumes:
             writable = volume.type != "tmpfs" and not volume.read_only
             sources[volume.target] = source_of(owner, volume.type, volume.source) if writable else ""
@@ -502,6 +518,17 @@ class Attempt:
             if self.container is None or not path.exists():  # what a container was made with stays
                 path.write_bytes(content)
                 path.chmod(0o644)
+        if order.spec.secrets and (self.container is None or not self._secrets.exists()):
+            try:
+                values = self._service.secrets.of(self._job)
+            except GpujobsError as error:
+                raise Failed("server", sentence(error)) from error
+            content = secrets.handed_over(order.spec.secrets, values)
+            hand_over(self._secrets, content, order.owner.uid, order.owner.gid)
+        if under_gvisor(order.spec) and not (self.control / "word").exists():
+            word = self.control / "word.new"
+            word.write_bytes(b"g")  # now: at the release the disk may be full
+            word.chmod(0o644)
         init, gate = self.control / "init", self.control / "gate"
         if not init.exists():
             os.link(self._service.paths.init, init)
@@ -560,7 +587,7 @@ class Attempt:
             try:
                 await engine.start(self.container)
             except EngineError as error:
-                failure = Failed("server", f"its container did not start: {error}")
+                failure = Failed("server", f"its container did not start: {error}{runtime_hint(str(error))}")
                 # An Engine that was killed while it started one may have left a half of it behind, and then says
                 # "already exists" for ever.
                 raise failure if self._fresh else Again(failure.ending) from error
@@ -587,6 +614,8 @@ class Attempt:
         service = self._service
         if service.inventory.simulated or self.gone.is_set():
             return
+        if under_gvisor(self._job.spec) and not self.allocation.gpus:
+            return  # no device of the host is in there, whatever the cgroup of the sandbox lets the sandbox open
         assert self.container is not None
         numbers = await self._numbers()
         wanted = frozenset(numbers[uuid] for uuid in self.allocation.gpus)

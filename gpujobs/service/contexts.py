@@ -23,15 +23,13 @@ from gpujobs.core.errors import Refused, Unavailable, UnknownId
 from gpujobs.core.job import Job
 from gpujobs.core.ports import Clock, Ledger, Store
 from gpujobs.core.spec import Build, JobSpec
+from gpujobs.service.space import check_space, sync_directory
 
 WAIT_SECONDS = 600.0
 """How long a submission's client may take to begin sending."""
 
 MAX_TAR_BYTES = MAX_BYTES + (512 << 20)
 """Of a context's tar file: its files, and the headers of as many as there may be."""
-
-DISK_FLOOR = 1 << 30
-"""Bytes that stay free on the state's disk: the ledger and the logs need them."""
 
 _WRITE = 1 << 20
 _LOOK = 64 << 20
@@ -152,7 +150,7 @@ class Contexts:
                 await self._write(file, chunks)
                 await asyncio.to_thread(_sync, file)
             temporary.replace(self._path(found))
-            await asyncio.to_thread(_sync_directory, self._directory)
+            await asyncio.to_thread(sync_directory, self._directory)
             await self._store.change(lambda ledger: ledger.context_received(number, key))
             found.received = True
         except OSError as error:
@@ -173,16 +171,10 @@ class Contexts:
             if len(pending) >= _WRITE:
                 if size - looked >= _LOOK:
                     looked = size
-                    self._check_space()
+                    check_space(self._directory, "a build context")
                 await asyncio.to_thread(file.write, bytes(pending))
                 pending.clear()
         await asyncio.to_thread(file.write, bytes(pending))
-
-    def _check_space(self) -> None:
-        free = os.statvfs(self._directory)
-        if free.f_bavail * free.f_frsize < DISK_FLOOR:
-            raise Unavailable("the server's disk has no space for a build context",
-                              hint="Ask the administrator to free some.")  # fmt: skip
 
     def numbers(self) -> list[int]:
         """The submissions for which something is waited for or kept."""
@@ -251,11 +243,3 @@ def _digest(build: Build) -> str:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

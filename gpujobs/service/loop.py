@@ -15,7 +15,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +72,7 @@ from gpujobs.service.gpuwatch import GpuWatch
 from gpujobs.service.holds import Holds
 from gpujobs.service.layers import Layers
 from gpujobs.service.quotas import Quotas
+from gpujobs.service.secretstore import SecretStore
 from gpujobs.service.tidy import Tidy
 from gpujobs.settings import Settings, after_reload
 
@@ -108,6 +109,7 @@ class Service:
         self.logs = logs
         self.still_alone = still_alone
         self.contexts = Contexts(store, paths.state / "contexts", clock)
+        self.secrets = SecretStore(store, paths.state / "secrets")
         self.holds = Holds(directory, self.spawn, self._hold_changed)
         self.quotas = Quotas(clock)
         self.ceilings = engine.ceilings()
@@ -139,15 +141,18 @@ class Service:
         """Read the ledger, compare it with the Engine, take up what runs. Nothing new starts before that."""
         await self.gpus.look(force=True)
         await self.contexts.start()
+        await self.secrets.start()
         for job in await self.store.read(lambda ledger: ledger.active()):
             self._apply(job)
+        # Those of attempts that had ended: the reconciliation ends others, which finish their logs themselves.
+        unfinished = await self.store.read(lambda ledger: ledger.open_logs())
         since = self.clock.now()  # what happens from now on is told by events: nothing between the two is missed
         try:
             await self.engine_watch.reconcile()
         except EngineError as error:
             raise Unavailable(f"the Docker Engine does not tell what containers it has: {error}") from error
         await self.tidy.drop_pins()
-        for row in await self.store.read(lambda ledger: ledger.open_logs()):
+        for row in unfinished:
             self.spawn(self._finish_log(row), "log of an ended attempt")
         self.spawn(self.engine_watch.run(since), "engine events")
         self.spawn(self.tidy.run(), "tidy")
@@ -155,6 +160,8 @@ class Service:
         self.spawn(self._give_up_contexts(), "build contexts")
         for number in self.contexts.numbers():
             self.spawn(self._drop_contexts(number), f"build contexts of {number}")
+        for number in self.secrets.numbers():
+            self.spawn(self._drop_secrets(number), f"secrets of {number}")
         self.wake()
 
     async def run(self) -> None:
@@ -357,6 +364,8 @@ class Service:
                 self._queue = self._queue.apply(job, shape)
         if isinstance(job.state, jobs.Ended) and self.contexts.keeps(job.id.number):
             self.spawn(self._drop_contexts(job.id.number), f"build contexts of {job.id.number}")
+        if isinstance(job.state, jobs.Ended) and self.secrets.keeps(job.id.number):
+            self.spawn(self._drop_secrets(job.id.number), f"secrets of {job.id.number}")
         self.watchers.tell(job.id.number)
 
     async def _change(
@@ -535,9 +544,17 @@ class Service:
     # -- what people ask for -----------------------------------------------------------------------------------
 
     async def submit(
-        self, owner: Owner, files: list[tuple[str, str, list[tuple[int | None, JobSpec]]]]
+        self,
+        owner: Owner,
+        files: list[tuple[str, str, list[tuple[int | None, JobSpec]]]],
+        values: Sequence[Mapping[str, bytes]] = (),
     ) -> list[list[Job]]:
         """Take the jobs of files (name, text, specifications) in: all are on disk when this returns, or none.
+
+        Args:
+            owner: Whose jobs they are.
+            files: The files.
+            values: Those of each file's secrets, by the secrets' names; none where no file has any.
 
         Raises:
             Refused: One of them can never run here, or there are more than one account may have.
@@ -551,6 +568,21 @@ class Service:
         images = {spec.image for _, _, specs in files for _, spec in specs if spec.gpus.count and spec.image}
         await self._check_drivers(owner, images)
         fault("submission-received")
+        kept: list[str | None] = []
+        try:
+            for position, (_, _, specs) in enumerate(files):
+                given = values[position] if values else {}
+                kept.append(await self.secrets.write([spec for _, spec in specs], given))
+            return await self._take_in(owner, files, kept)
+        except GpujobsError:  # who is cancelled does not know whether it was committed: the next start knows it
+            for name in filter(None, kept):
+                self.secrets.drop(name)
+            raise
+
+    async def _take_in(
+        self, owner: Owner, files: list[tuple[str, str, list[tuple[int | None, JobSpec]]]], kept: list[str | None]
+    ) -> list[list[Job]]:
+        """Commit the jobs of files, with the names of their secrets' files; returns them, in the queue."""
         now = self.clock.now()
         asked: list[tuple[int, list[tuple[str, str, str]]]] = []
 
@@ -561,13 +593,18 @@ class Service:
                 (number, self.contexts.ask(ledger, number, [job.spec for job in group], now))
                 for number, group in zip(numbers, made, strict=True)
             ]
+            for number, name in zip(numbers, kept, strict=True):
+                if name is not None:
+                    ledger.add_secrets(number, name)
             return made
 
         made = await self.store.change(commit)
         fault("submission-committed")
         for number, contexts in asked:
             self.contexts.asked(number, contexts, now)
-        for group in made:
+        for group, name in zip(made, kept, strict=True):
+            if name is not None:
+                self.secrets.committed(group[0].id.number, name)
             for job in group:
                 self._apply(job)
         self.wake()
@@ -639,9 +676,17 @@ class Service:
 
     async def _drop_contexts(self, number: int) -> None:
         """Remove what is kept for a submission whose jobs have all ended."""
-        found = await self.store.read(lambda ledger: ledger.submission(number))
-        if all(isinstance(job.state, jobs.Ended) for job in found):
+        if await self._all_ended(number):
             await self._must(lambda: self.contexts.forget(number))
+
+    async def _drop_secrets(self, number: int) -> None:
+        """Remove the secrets of a submission whose jobs have all ended."""
+        if await self._all_ended(number):
+            await self._must(lambda: self.secrets.forget(number))
+
+    async def _all_ended(self, number: int) -> bool:
+        found = await self.store.read(lambda ledger: ledger.submission(number))
+        return all(isinstance(job.state, jobs.Ended) for job in found)
 
     async def rerun(self, found: list[Job], owner: Owner) -> list[Job]:
         """Take the jobs of one submission in again, each with the image that its last attempt ran.
@@ -651,10 +696,15 @@ class Service:
             owner: Their owner, with the groups that they are to have at most.
 
         Raises:
-            Refused: One of them can never run here any more, or is not allowed any more.
+            Refused: One of them can never run here any more, is not allowed any more, or had secrets.
             Unavailable: The account database did not answer in time.
         """
         first = found[0]
+        if any(job.spec.secrets for job in found):
+            raise Refused(
+                f"job {first.id.number} has secrets, which are not kept for another job",
+                hint="Submit its file again: they are read anew then.",
+            )
         owner = await self.directory.present(owner)
         await self.check_allowed(owner, [job.spec for job in found])
         specs: list[tuple[int | None, JobSpec]] = []

@@ -205,6 +205,8 @@ def used(value: Mapping[str, object], names: list[str], *, matrix: bool) -> tupl
                     "{{ }} cannot choose a file: it is read before the matrix; write environment:",
                     *loc,
                 )
+            elif key == "secrets" and here:
+                faults.add("{{ }} cannot choose a secret: all jobs of a matrix have the same; write it out", *loc)
             elif key != "matrix":
                 for name in sorted(here - set(names)):
                     allowed = f"names are {', '.join(names)}" if matrix else "there is no matrix: in this file"

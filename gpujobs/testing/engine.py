@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gpujobs.core.container import CONTROL, Image
@@ -29,6 +30,7 @@ from gpujobs.core.ports import (
     Reconnected,
 )
 from gpujobs.core.reconcile import Seen
+from gpujobs.core.secrets import DIRECTORY
 from gpujobs.logwire import STDOUT, LogRecord
 from gpujobs.testing.logs import MemoryLog
 from gpujobs.testing.machine import IdleMachine
@@ -58,6 +60,7 @@ class FakeContainer:
         runs: How many times its program was let run.
         exits: The codes with which it has ended.
         output: What it wrote.
+        secrets: What its init was handed of them; None where it asks for none.
     """
 
     id: str
@@ -77,6 +80,7 @@ class FakeContainer:
     exits: list[int] = field(default_factory=list)
     output: list[LogRecord] = field(default_factory=list)
     gate: int = -1
+    secrets: bytes | None = None
 
     @property
     def running(self) -> bool:
@@ -94,20 +98,30 @@ class FakeContainer:
         return dict(self.request.get("Labels") or {})
 
     @property
+    def host(self) -> Mapping[str, Any]:
+        """Its HostConfig."""
+        return self.request.get("HostConfig") or {}
+
+    @property
     def gpus(self) -> frozenset[str]:
         """The UUIDs that its environment makes visible under a GPU runtime."""
-        host = self.request.get("HostConfig") or {}
+        host = self.host
         if host.get("Runtime", "runc") == "runc":
             return frozenset()
         return frozenset(self.environment.get("NVIDIA_VISIBLE_DEVICES", "void").split(",")) - {"void"}
 
     @property
-    def gate_path(self) -> str | None:
-        """The FIFO at which its init waits; None where there is none."""
-        for mount in (self.request.get("HostConfig") or {}).get("Mounts") or []:
+    def control(self) -> Path | None:
+        """The control directory with the FIFO at which its init waits; None where it has no init."""
+        for mount in self.host.get("Mounts") or []:
             if str(mount["Target"]).startswith(f"{CONTROL}-"):
-                return f"{mount['Source']}/gate"
+                return Path(mount["Source"])
         return None
+
+    def take_secrets(self) -> None:
+        """Read them as its init does, if there are to be any; an init that finds none refuses."""
+        if self.control is not None and DIRECTORY in (self.host.get("Tmpfs") or {}):
+            self.secrets = (self.control / "secrets").read_bytes()
 
 
 @dataclass(kw_only=True)
@@ -198,12 +212,13 @@ class FakeEngine:
             return
         container.status, container.pid = "running", 100_000 + len(self.events)
         container.started_at, container.released = self.clock.now(), False
-        if (gate := container.gate_path) is not None:
+        if (control := container.control) is not None:
             with suppress(FileNotFoundError):
-                container.gate = os.open(gate, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                container.take_secrets()
+                container.gate = os.open(control / "gate", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._event("start", container)
         self.on_start(container)
-        if gate is None:
+        if control is None:
             self._release(container)
         elif container.gate < 0:
             self.end(container, 125)
@@ -222,6 +237,11 @@ class FakeEngine:
 
     def _look_at_gate(self, container: FakeContainer) -> None:
         if container.gate < 0 or container.released:
+            return
+        assert container.control is not None
+        if container.host.get("Runtime") == "runsc":
+            if (container.control / "word").exists():
+                self._release(container)
             return
         with suppress(BlockingIOError):
             if os.read(container.gate, 1) == b"g":

@@ -47,6 +47,7 @@ class Promises:
         self._check_ended(rows)
         self._check_gpus()
         self._check_programs()
+        self._check_secrets()
         if self.w.open and not (self.w.full or self.w.slow or self.w.engine.away or self.w.engine.hangs):
             self._check_limits()
             self._check_strays()
@@ -145,6 +146,18 @@ class Promises:
                 ran[key] = ran.get(key, 0) + container.runs
                 assert ran[key] <= 1, f"the program of {key} ran twice"
 
+    def _check_secrets(self) -> None:
+        """A program that ran was handed its own submission's secrets, and no request to the Engine had any."""
+        for container in self.w.engine.history:
+            if container.made_by == "server" and container.runs:
+                (text,) = self.w.ledger.execute(
+                    "SELECT spec FROM jobs WHERE number = ? AND idx = ?", key_of(container)
+                ).fetchone()
+                named = [secret["environment"] for secret in json.loads(text).get("secrets", ())]
+                value = b"hunter2 of %s" % named[0].encode() if named else b""
+                assert container.secrets == (b"key\0\0%d\0%s\0" % (len(value), value) if named else None)
+                assert "hunter2 of" not in json.dumps(container.request)
+
     def _check_limits(self) -> None:
         """A time limit ends what runs, where the Engine has answered for long enough."""
         world = self.w
@@ -221,6 +234,7 @@ class Promises:
         assert not self.w.engine.containers, f"left behind: {[c.name for c in self.w.engine.containers.values()]}"
         assert not self.w.pins, f"pins left behind: {self.w.pins}"
         assert not list(self.w.paths.attempts.iterdir()), "control directories are left behind"
+        assert not list((self.w.paths.state / "secrets").iterdir()), "secrets of jobs that have ended are left behind"
 
     def _note(self, row: tuple[Any, ...]) -> str:
         return "" if self.w.service is None else self.w.service.note_of(JobId.of_key(row[0], row[1]))

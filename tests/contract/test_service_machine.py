@@ -37,6 +37,7 @@ submissions = st.fixed_dictionaries(
         "signal": st.sampled_from(["obeys", "handles", "ignores"]),
         "time_limit": st.sampled_from([None, None, None, 20.0]),
         "volume": st.booleans(),
+        "secret": st.booleans(),
     }
 )
 

@@ -1,13 +1,15 @@
-"""A server that is told to stop leaves nothing at work behind it: containers go on, its own tasks do not."""
+"""A server that stops leaves nothing at work behind it, and one that starts takes up each thing once."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 
 import pytest
 
 from gpujobs.core.spec import JobSpec
+from gpujobs.service.tidy import Tidy
 from tests.contract.world import World
 
 
@@ -60,4 +62,36 @@ def test_nothing_writes_to_a_log_once_the_server_has_let_go_of_it(world: World) 
     world.loop.run_until_complete(world.service.shut_down())
     assert not [name for name in world.tasks() if name.startswith(("log ", "attempt "))], world.tasks()
     assert len(world.running()) == 2, "they run on"
+    assert world.wrong == []
+
+
+def test_a_container_that_went_while_no_server_looked_has_its_end_and_its_log_finished_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_pins = Tidy.drop_pins
+
+    async def slowly(self: Tidy) -> None:
+        await asyncio.sleep(5.0)
+        await drop_pins(self)
+
+    world.run_for(5.0)
+    image = next(iter(world.there))
+    world.submit(user=0, gpus=1, elements=1, image=image, signal="obeys", time_limit=None, volume=False)
+    world.run_for(30.0)
+    assert len(world.running()) == 1
+    assert world.service is not None
+    logs = type(world.service.logs)
+    finish, finished = logs.finish, []
+
+    async def counted(self: object, *key: object) -> None:
+        finished.append(key)
+        await asyncio.sleep(10.0)
+        await finish(self, *key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tidy, "drop_pins", slowly)
+    monkeypatch.setattr(logs, "finish", counted)
+    world.kill()
+    world.remove_container(0)
+    world.run_for(30.0)
+    assert len(finished) == 1
     assert world.wrong == []

@@ -25,6 +25,7 @@ from gpujobs.core.errors import GpujobsError, Unavailable
 from gpujobs.core.inventory import Health, Process
 from gpujobs.core.job import JobId, Owner
 from gpujobs.core.ports import EngineAway, EngineError, Paths
+from gpujobs.core.secrets import Secret
 from gpujobs.core.spec import GpuRequest, JobSpec, Volume
 from gpujobs.service import api, attempts, loop, tidy
 from gpujobs.service.access import Asker, Directory
@@ -320,8 +321,9 @@ class World:
     # -- what people do ----------------------------------------------------------------------------------------
 
     def submit(
-        self, *, user: int, gpus: int, elements: int, image: str, signal: str, time_limit: float | None, volume: bool
-    ) -> None:
+        self, *, user: int, gpus: int, elements: int, image: str, signal: str, time_limit: float | None, volume: bool,
+        secret: bool = False,
+    ) -> None:  # fmt: skip
         if not self.open:
             return
         assert self.service is not None
@@ -330,7 +332,9 @@ class World:
             name="job", image=image, command=("train", signal), gpus=GpuRequest(count=gpus, max_count=gpus),
             cpus=None if gpus else 1.0, mem_limit=None if gpus else GIB, time_limit=time_limit, stop_grace_period=5.0,
             volumes=(Volume(target="/data", source="/nfs/data"),) if volume else (),
+            secrets=(Secret(name="key", target="key", environment=f"KEY{len(self.submissions)}"),) if secret else (),
         )  # fmt: skip
+        values = [{"key": b"hunter2 of %s" % spec.secrets[0].environment.encode()}] if secret else []
         submission = Submission(elements)
         self.submissions.append(submission)
         specs = [(None if elements == 1 else index, spec) for index in range(elements)]
@@ -341,7 +345,7 @@ class World:
                 return
             submission.answered = [job.id.key for job in task.result()[0]]
 
-        self._ask(self.service.submit(owner, [("f.yaml", "", specs)]), done)
+        self._ask(self.service.submit(owner, [("f.yaml", "", specs)], values), done)
         self.run_turns(self.random.randrange(1, 12))
 
     def cancel(self, pick: int) -> None:

@@ -20,7 +20,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ PACKAGES = {
     "docker.io": ("dockerd", "docker", "runc"),
     "iptables": ("iptables",),
     "iproute2": ("ip",),
+    "runsc": ("runsc",),
     "procps": ("ps", "pgrep", "kill"),
     "busybox-static": ("/bin/busybox",),
     "debootstrap": ("debootstrap",),
@@ -244,6 +245,7 @@ class Engine:
     @staticmethod
     def private(
         tmpdir: Path, *, bridge: str | None = None, live_restore: bool = False, nvml_state: Path = NVML_STATE,
+        runtimes: Mapping[str, Sequence[str]] | None = None,
     ) -> Daemon:
         """Start a disposable Engine with its data in ``tmpdir``; end it with ``destroy``.
 
@@ -253,10 +255,11 @@ class Engine:
                 writes no iptables rules, so that it cannot disturb another Engine.
             live_restore: whether containers outlive its dockerd and are taken up by the next.
             nvml_state: the state file of the machine whose GPUs its runtime grants.
+            runtimes: programs of further runtimes and their options, by the runtimes' names.
         """
         digest = hashlib.sha256(str(tmpdir).encode()).hexdigest()[:8]
         daemon = Daemon(tmpdir, RUN / f"engine-{digest}", bridge or f"gj{digest}", iptables=False,
-                        live_restore=live_restore, nvml_state=nvml_state)
+                        live_restore=live_restore, nvml_state=nvml_state, runtimes=runtimes)
         daemon.start()
         return daemon
 
@@ -281,14 +284,18 @@ class Daemon:
             empties the chains named DOCKER when it starts.
         live_restore: whether containers outlive the daemon.
         nvml_state: state file of the machine whose GPUs the runtime grants.
+        runtimes: programs of further runtimes and their options, by the runtimes' names.
     """
 
     def __init__(
         self, home: Path, run_dir: Path, bridge: str, *, iptables: bool, live_restore: bool = False,
-        nvml_state: Path = NVML_STATE,
+        nvml_state: Path = NVML_STATE, runtimes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.home, self.run_dir, self.bridge = home, run_dir, bridge
         self.iptables, self.live_restore, self.nvml_state = iptables, live_restore, nvml_state
+        self.runtimes = {
+            name: {"path": path, "runtimeArgs": options} for name, (path, *options) in (runtimes or {}).items()
+        }
         self.runtime_dir = home / "runtime"
         self.log = home / "dockerd.log"
         self._config = home / "daemon.json"
@@ -367,7 +374,7 @@ class Daemon:
             "bridge": self.bridge,
             "iptables": self.iptables,
             "live-restore": self.live_restore,
-            "runtimes": {"nvidia": {"path": str(self.runtime_dir / RUNTIME.name)}},
+            "runtimes": {"nvidia": {"path": str(self.runtime_dir / RUNTIME.name)}, **self.runtimes},
             # A containerd of the system's is shared by every dockerd that finds one; the names are not.
             "containerd-namespace": self._namespace,
             "containerd-plugins-namespace": f"{self._namespace}-plugins",

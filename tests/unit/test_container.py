@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from dataclasses import replace
 
 import pytest
+import yaml
 from hypothesis import given
 
+from gpujobs.core import export
 from gpujobs.core.container import (
     INIT_REFUSED,
     MINIMUM_SHM,
@@ -26,11 +29,13 @@ from gpujobs.core.container import (
     group_file,
     passwd_file,
     ranges,
+    runtime_hint,
     shm_size_of,
 )
 from gpujobs.core.errors import Refused
 from gpujobs.core.inventory import Gpu
 from gpujobs.core.job import Allocation, JobId
+from gpujobs.core.secrets import MEMORY, Secret, handed_over
 from gpujobs.core.spec import GpuRequest, Healthcheck, JobSpec, Port, Ulimit
 from tests.unit.values import GIB, owner, specs
 
@@ -530,3 +535,65 @@ def test_the_inits_own_exit_code_is_none_that_a_shell_gives() -> None:
 def test_a_request_for_gpus_is_no_part_of_the_container_without_an_allocation() -> None:
     asked = spec(gpus=GpuRequest(count=8, max_count=8))
     assert host(spec=asked, allocation=Allocation(memory=GIB), visible="void")["Runtime"] == "runc"
+
+
+# -- secrets
+
+SECRETS = (
+    Secret(name="wandb", target="wandb.key", file="/home/ann/it's k"),
+    Secret(name="hf", target="hf", environment="HF", variable="HF_TOKEN"),
+)
+
+
+def test_secrets_are_a_file_system_in_memory_that_is_the_owners_alone() -> None:
+    with_secrets = order(spec=spec(secrets=SECRETS), tmpfs={"/scratch": "rw"})
+    request = create_request(with_secrets)
+    options = request["HostConfig"]["Tmpfs"].pop("/run/secrets").split(",")
+    assert set(options) == {"rw", "nosuid", "nodev", "noexec", f"uid={owner().uid}", f"gid={owner().gid}", "mode=0700",
+                            f"size={MEMORY}"}  # fmt: skip
+    request["Labels"].pop("gpujobs.config")
+    plain = create_request(order(tmpfs={"/scratch": "rw"}))
+    plain["Labels"].pop("gpujobs.config")
+    assert request == plain, "nothing else of the request tells of them"
+
+
+def test_the_init_is_told_that_there_are_secrets() -> None:
+    assert b"secrets=1\0" in control_file(order(spec=spec(secrets=SECRETS)))
+    assert b"secrets" not in control_file(order())
+
+
+def test_a_container_whose_secrets_would_be_in_its_layer_is_not_what_was_asked_for() -> None:
+    with_secrets = order(spec=spec(secrets=SECRETS))
+    request = create_request(with_secrets)
+    made = {"Config": {k: v for k, v in request.items() if k != "HostConfig"}, "HostConfig": request["HostConfig"]}
+    assert differences(with_secrets, made) == []
+    made["HostConfig"] = {**made["HostConfig"], "Tmpfs": {}}
+    (difference,) = differences(with_secrets, made)
+    assert difference.startswith("file systems in memory is {}")
+
+
+def test_what_the_init_is_handed_is_read_back_by_its_lengths() -> None:
+    content = handed_over(SECRETS, {"wandb": b"a\0b", "hf": b"", "other": b"x"})
+    assert content == b"wandb.key\0\0003\0a\0b\0" + b"hf\0HF_TOKEN\0000\0\0"
+
+
+def test_other_launchers_are_told_where_the_secrets_are_and_not_what_they_are() -> None:
+    with_secrets = order(spec=spec(secrets=SECRETS))
+    words = shlex.split(export.docker_run(with_secrets))
+    assert "type=bind,source=/home/ann/it's k,target=/run/secrets/wandb.key,readonly" in words
+    assert not [word for word in words if "HF" in word]
+    text = export.compose(with_secrets)
+    assert yaml.safe_load(text)["secrets"] == {"wandb": {"file": "/home/ann/it's k"}, "hf": {"environment": "HF"}}
+    assert yaml.safe_load(text)["services"]["job"]["secrets"] == [
+        {"source": "wandb", "target": "wandb.key"}, {"source": "hf", "target": "hf"}]  # fmt: skip
+
+
+def test_a_gvisor_that_is_older_than_the_kernel_is_told_with_what_to_do() -> None:
+    """As runsc 0.0~20221219 answers on Linux 6.18, also to plain ``docker run``."""
+    said = (
+        'OCI runtime start failed: starting container: setting up network: creating interfaces from net namespace '
+        '"/proc/22403/ns/net": cannot run with network enabled in root network namespace: unknown'
+    )
+    assert "older than the machine's kernel" in runtime_hint(said)
+    assert "--network=none" in runtime_hint(said)
+    assert runtime_hint("permission denied") == ""

@@ -77,7 +77,7 @@ def test_every_job_file_in_the_documentation_is_valid(info: str, text: str) -> N
         text += "name: t\n" + ("" if "\nbuild:" in f"\n{text}" else "image: a\n")
     context = specfile.Context(
         file="doc", directory=CONTEXT.directory, home=CONTEXT.home,
-        variables={**CONTEXT.variables, "WANDB_API_KEY": "k"}, env_files=CONTEXT.env_files,
+        variables={**CONTEXT.variables, "WANDB_API_KEY": "k"}, env_files=CONTEXT.env_files, secrets=CONTEXT.secrets,
     )  # fmt: skip
     assert specfile.parse(text, context)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from gpujobs import testing
 from gpujobs.core.inventory import Inventory
 from gpujobs.core.job import Allocation, Ended, JobId, Owner, Pulling, Queued, Running, Starting, State, Stopping
+from gpujobs.core.secrets import Secret
 from gpujobs.core.spec import Build, GpuRequest, Healthcheck, JobSpec, Port, Ulimit, Volume
 
 GIB = 2**30
@@ -96,6 +97,9 @@ specs = st.builds(
     command=optional(tuples_of(texts)),
     entrypoint=optional(tuples_of(texts)),
     environment=pairs,
+    secrets=tuples_of(
+        st.builds(Secret, name=texts, target=texts, file=texts, environment=texts, variable=texts)
+    ),
     volumes=tuples_of(
         st.builds(
             Volume,

@@ -99,3 +99,12 @@ ON CONFLICT (number, build) DO UPDATE SET image = excluded.image;
 
 -- name: submission_builds
 SELECT build, image FROM builds WHERE number = :number;
+
+-- name: add_secrets
+INSERT INTO secrets (number, file) VALUES (:number, :file);
+
+-- name: kept_secrets
+SELECT number, file FROM secrets;
+
+-- name: remove_secrets
+DELETE FROM secrets WHERE number = :number;

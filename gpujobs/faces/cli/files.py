@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import pwd
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpujobs import places
 from gpujobs.core.errors import OK, InvalidInput, Refused
 from gpujobs.core.job import Owner
 from gpujobs.faces.cli.common import emit, emit_json, report, tell
@@ -75,16 +75,17 @@ def elements_in(name: str) -> list[Element]:
     """
     from gpujobs import specfile
     from gpujobs.faces import jobfiles
+    from gpujobs.faces.secretfiles import secrets_of
 
     data = jobfiles.read_bytes(name)
     directory = Path.cwd() if name == "-" else (Path.cwd() / name).parent
-    context = specfile.Context(
-        file=jobfiles.shown_name(name),
-        directory=str(directory),
-        home=str(places.home(os.environ)),
-        variables=dict(os.environ),
+    text = data.decode(errors="replace")
+    context = jobfiles.file_context(name, directory, dict(os.environ))
+    context = replace(
+        context,
         working_directory=str(Path.cwd()),
-        env_files=jobfiles.env_files_of(data.decode(errors="replace"), directory, os.environ),
+        env_files=jobfiles.env_files_of(text, directory, os.environ),
+        secrets={key: found.problem for key, found in secrets_of(text, context).items()},
     )
     return specfile.parse(data, context)
 

@@ -32,6 +32,7 @@ CONTEXT = Context(
         "bad.env": "A=1\nthis is no line\n",
         "gpus.env": "NVIDIA_VISIBLE_DEVICES=all\n",
     },
+    secrets={"wandb": "", "hf": "", "db": "", "TOKEN": "", "gone": "/home/ann/gone: No such file or directory"},
     uuids=UUIDS,
 )
 
