@@ -194,6 +194,8 @@ def env_name(name: str) -> str:
     """A name for an environment variable that the job's owner may set."""
     if not name or "=" in name or any(char.isspace() or not char.isprintable() for char in name):
         raise wrong(f"{shown(name)} is not a variable's name; write letters, digits and _, such as OMP_NUM_THREADS")
+    if name == "NVIDIA_DRIVER_CAPABILITIES":
+        raise wrong(f"{shown(name)} is set by gpujobs: ask with driver_capabilities:")
     if name.startswith("NVIDIA_"):
         raise wrong(f"{shown(name)} is set by gpujobs: ask with gpus:")
     if name.startswith("GPUJOBS_"):

@@ -17,7 +17,9 @@ def raw(text: str) -> str:
 
 
 _ENDS = frozenset(";|&<>()")
-_SUBSTITUTION = re.compile(r"\$\(([^()]*)\)|`([^`]*)`")
+_SUBSTITUTION = re.compile(r"\$\(([^()]*)\)|`([^`]*)`|\$\{[A-Za-z_][A-Za-z0-9_]*(?!:?[-?+}]|[A-Za-z0-9_])[^{}]*\}")
+"""Also ``${NAME%…}`` and the like, which a shell computes and a job file does not."""
+_HERE = frozenset({"pwd", "pwd -P", "pwd -L", "realpath .", "readlink -f ."})
 
 
 @dataclass(slots=True)
@@ -119,7 +121,7 @@ class _Splitter:
         variable = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{[A-Za-z_][^{}]*\})").match(self._line, self._at)
         if found is not None:
             command = (found[1] or found[2] or "").strip()
-            if command == "pwd":
+            if command in _HERE:
                 self._add("${PWD}")
             else:
                 self._result.unknown.append(found[0])
