@@ -217,6 +217,20 @@ def shm_size_of(order: Order) -> int:
     return order.spec.shm_size or max(MINIMUM_SHM, order.allocation.memory // 4)
 
 
+def tmpfs_of(spec: JobSpec, owner: Owner) -> dict[str, str]:
+    """The file's mounts in memory: targets and the Engine's options."""
+    return {
+        volume.target: tmpfs_options(owner) + (f",size={volume.size}" if volume.size else "")
+        for volume in spec.volumes
+        if volume.type == "tmpfs"
+    }
+
+
+def tmpfs_options(owner: Owner) -> str:
+    """The Engine's options of a mount in memory that is its owner's."""
+    return f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
+
+
 def runtime_of(order: Order) -> str:
     """The OCI runtime that a container is made with."""
     if order.spec.runtime is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpujobs.core import export
-from gpujobs.core.container import Image, Mount, Order, cpus_near
+from gpujobs.core.container import Image, Mount, Order, cpus_near, tmpfs_of, tmpfs_options
 from gpujobs.core.cuda import needs_newer_driver
 from gpujobs.core.decide import View, check_possible, holdings, shape_of
 from gpujobs.core.job import Allocation, JobId, Owner
@@ -60,13 +60,9 @@ def plan(
         for volume in spec.volumes
         if volume.type != "tmpfs"
     )
-    tmpfs = {
-        volume.target: f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
-        for volume in spec.volumes
-        if volume.type == "tmpfs"
-    }
+    tmpfs = tmpfs_of(spec, owner)
     if home not in {mount.target for mount in mounts} | set(tmpfs):
-        tmpfs[home] = f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
+        tmpfs[home] = tmpfs_options(owner)
     order = Order(
         server="", job=JobId(0), attempt=1, nonce="", owner=owner, spec=spec, allocation=allocation, image=image,
         control="", home=home, runtime=runtime, visible=",".join(outcome.uuids) or "void", mounts=mounts, tmpfs=tmpfs,

@@ -1,8 +1,9 @@
-"""A command line as a shell reads it, as far as one can without running it."""
+"""A command line as a shell reads it, as far as one can without running it; and words written for one."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 
 from gpujobs.core.errors import InvalidInput
@@ -133,3 +134,25 @@ class _Splitter:
         else:
             self._add(DOLLAR if self._line[self._at] == "$" else "`")
             self._at += 1
+
+
+def folded(line: str) -> str:
+    """A shell's line over several lines, each option on its own; what is quoted stays as it is."""
+    words = re.findall(r"""(?:\$'(?:[^'\\]|\\.)*'|'[^']*'|"(?:\$\([^"]*\)|[^"\\])*"|\\.|[^\s'"\\])+""", line)
+    return "".join((" \\\n    " if word.startswith("--") and at else " " if at else "") + word
+                   for at, word in enumerate(words))  # fmt: skip
+
+
+def quoted(word: str) -> str:
+    """A word for a shell; line ends and tabs stay, what else no terminal shows is ``$'…'``, of bash, zsh and ksh."""
+    if all(char.isprintable() or char in "\n\t" for char in word):
+        return shlex.quote(word)
+    return "$'" + "".join(_ESCAPES.get(char) or (char if char.isprintable() else _escape(char)) for char in word) + "'"
+
+
+_ESCAPES = {"\n": r"\n", "\t": r"\t", "\\": r"\\", "'": r"\'"}
+
+
+def _escape(char: str) -> str:
+    return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\u{ord(char):04x}" if ord(char) < 65536 else (
+        f"\\U{ord(char):08x}")  # fmt: skip

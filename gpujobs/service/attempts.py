@@ -32,6 +32,8 @@ from gpujobs.core.container import (
     group_file,
     home_of,
     passwd_file,
+    tmpfs_of,
+    tmpfs_options,
 )  # fmt: skip
 from gpujobs.core.cuda import needs_newer_driver
 from gpujobs.core.endings import Ending, ending_of
@@ -373,18 +375,13 @@ class Attempt:
             if volume.type == "volume":
                 await self._make_directory(source)
             mounts.append(await self._pin(source, volume.target, volume.read_only, f"{self.name}-{position}"))
-        tmpfs = {
-            v.target: f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
-            + (f",size={v.size}" if v.size else "")
-            for v in spec.volumes
-            if v.type == "tmpfs"
-        }
+        tmpfs = tmpfs_of(spec, owner)
         taken = {mount.target for mount in mounts} | set(tmpfs)
         mounts += await self._shared(taken)
         if home not in taken:
             mount = await self._home(home)
             if mount is None:
-                tmpfs[home] = f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700"
+                tmpfs[home] = tmpfs_options(owner)
             else:
                 mounts.append(mount)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gpujobs.core.errors import OK, Refused
+from gpujobs.core.shellwords import folded
 from gpujobs.faces.cli.common import client, emit, emit_grid, emit_json, ready_client, tell, terminal_width
 from gpujobs.faces.cli.ids import all_ids
 from gpujobs.faces.cli.pulls import send_contexts
@@ -57,7 +59,7 @@ def plan(
             raise Refused(
                 f"it would wait now: {clean(answer['message'])}", hint="`gpujobs plan` without --as says why."
             )
-        emit(clean(text) + "\n" if words is Words.DOCKER else text)
+        emit(_pasted(text) + "\n" if words is Words.DOCKER else text)
     else:
         _print(answer)
     return OK
@@ -95,20 +97,25 @@ def _print(answer: dict[str, Any]) -> None:
         verb = "Note" if answer["starts"] else "It would wait now"
         emit(f"{verb}: {clean(answer['message'])}\n")
     elif answer["starts"]:
-        emit(f"It could start now, {f'on {len(gpus)} GPUs' if (gpus := answer['gpus']) else 'without GPUs'}.\n")
+        emit(f"It could start now, {f'on {_counted(gpus)}' if (gpus := answer['gpus']) else 'without GPUs'}.\n")
     if answer["reasons"]:
         emit_grid(grid)
     for mount in answer["mounts"]:
         end = " (read-only)\n" if mount["read_only"] else "\n"
         emit(f"Mount: {clean(mount['source'])} at {clean(mount['target'])}{end}")
     if answer["docker_run"]:
-        width = terminal_width() or 0
-        emit(f"The same with docker:\n  {_folded(clean(answer['docker_run']), width)}\n")
+        line = _pasted(answer["docker_run"])
+        # Over several lines for people; as it is where nobody looks.
+        emit(f"The same with docker:\n  {folded(line) if terminal_width() else line}\n")
 
 
-def _folded(line: str, width: int) -> str:
-    """A command line over several lines, each option on its own; as it is where nobody looks."""
-    return line.replace(" --", " \\\n    --") if width else line
+def _pasted(line: str) -> str:
+    """A shell's line without what a terminal would act on; line ends and tabs within quotes belong to it."""
+    return "".join(part if part in "\n\t" else clean(part) for part in re.split("([\n\t])", line))
+
+
+def _counted(gpus: list[str]) -> str:
+    return f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}"
 
 
 def rerun(
