@@ -188,7 +188,10 @@ _SAID = (
         "did not find expected ',' or ']'",
         "a `[` is not closed; close it with `]`, and put commas between its items",
     ),
-    ("did not find expected node content", "brackets do not match, or an item between them is missing; write such as [a, b] or {a: b}"),
+    (
+        "did not find expected node content",
+        "brackets do not match, or an item between them is missing; write such as [a, b] or {a: b}",
+    ),
     ("unexpected end of stream", "a quote is not closed; close it"),
     ("unexpected document indicator", "a quote is not closed; close it"),
     (
