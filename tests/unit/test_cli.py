@@ -4,8 +4,8 @@ import json
 import os
 import pty
 import re
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -509,6 +509,28 @@ def test_no_command_is_help(gpujobs):
     assert code == 0
     for command in COMMANDS:
         assert f"\n  {command} ".encode() in out
+
+
+# --- plans
+
+
+def test_a_plan_on_a_simulated_machine_tells_each_gpu_by_index_and_uuid(gpujobs, tmp_path):
+    (tmp_path / "job.yaml").write_text("name: t\nimage: a\ngpus: {mig: 1g.5gb}\n")
+    machine = ROOT / "configs/simulated/mig-a100.yaml"
+    code, raw, err = gpujobs("plan", str(tmp_path / "job.yaml"), "--simulate", str(machine))
+    out = raw.decode()
+    assert (code, "SIMULATED" in err) == (0, True)
+    assert out.startswith("It could start now, on 1 GPU.\n")
+    assert re.search(r"^→ +0  MIG-00000000-0000-0000-0000-000000000002  free", out, re.MULTILINE)
+    assert re.search(r"^ +1  MIG-00000000-0000-0000-0001-000000000000  a MIG device", out, re.MULTILINE)
+
+
+def test_indices_are_answered_with_the_simulated_machines_uuids(gpujobs, tmp_path):
+    (tmp_path / "job.yaml").write_text("name: t\nimage: a\ngpus: 1,0\n")
+    machine = ROOT / "configs/simulated/two-rtx4090.yaml"
+    code, _, err = gpujobs("plan", str(tmp_path / "job.yaml"), "--simulate", str(machine))
+    both = "GPU-00000000-0000-0000-0000-000000000001, GPU-00000000-0000-0000-0000-000000000000"
+    assert (code, f"write {{uuid: [{both}]}}" in err) == (2, True)
 
 
 # --- completion

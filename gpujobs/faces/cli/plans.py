@@ -76,7 +76,8 @@ def _simulated(file: str, machine_file: Path) -> dict[str, Any]:
     machine = simulated.load(machine_file)
     host = Host(cpus=float(machine.cpus), memory=machine.memory_bytes)
     view = View(queue=QueueState(), inventory=machine.inventory, host=host, policy=Policy())
-    specs = [element.spec for element in elements_in(file)]
+    uuids = tuple(gpu.uuid for gpu in machine.inventory.gpus)
+    specs = [element.spec for element in elements_in(file, uuids)]
     rows = [
         as_row(plan(spec, this_account(), Image(id="", reference=spec.image or "(built)"), view))
         for spec in specs[:100]
@@ -89,10 +90,10 @@ def _print(answer: dict[str, Any]) -> None:
         tell("SIMULATED: these GPUs are those of a file")
     if answer["jobs"] > 1:
         tell(f"the first of {answer['jobs']} jobs; --json has all of them")
-    grid = Grid((Column(""), Column("GPU"), Column("WHY", fold=True)))
+    grid = Grid((Column(""), Column("GPU", right=True), Column("UUID"), Column("WHY", fold=True)))
     for reason in answer["reasons"]:
         mark = Cell("→", "green") if reason["chosen"] else Cell("")
-        grid.add(mark, Cell(clean(reason["uuid"])), Cell(clean(reason["reason"])))
+        grid.add(mark, Cell(clean(reason.get("index", ""))), Cell(clean(reason["uuid"])), Cell(clean(reason["reason"])))
     if answer["message"]:
         verb = "Note" if answer["starts"] else "It would wait now"
         emit(f"{verb}: {clean(answer['message'])}\n")
