@@ -222,8 +222,8 @@ VOLUMES_SCHEMA: Json = {
             templated(
                 {
                     "type": "string",
-                    "pattern": rf"^(~|~/[^:]*|[^:~][^:]*):{_NEVER}/[^:]*(:(ro|rw))?$",
-                    "not": {"pattern": r"^([A-Za-z0-9][^:/]*/|:)"},
+                    "pattern": rf"^(~|~/[^:]*|[./][^:]*|{_VOLUME_NAME.pattern}):{_NEVER}/[^:]*(:(ro|rw))?$",
+                    "not": {"pattern": r"[\x00-\x1f\x7f-\x9f]"},
                 },
                 allowed="source:target, such as ~/data:/data:ro or .:/workspace",
             ),
