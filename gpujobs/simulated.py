@@ -13,16 +13,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Final
 
-import yaml
-
 from gpujobs.core.errors import InvalidInput, Problem
 from gpujobs.core.inventory import Gpu, Health, Inventory, Link, MigDevice, pair
+from gpujobs.core.values import Loc, typed, unknown_key
+from gpujobs.yamltree import BYTES_MAX, Place, TextError, Tree, path_of, read
 
 MAX_GPUS: Final = 256
-MAX_FILE_BYTES: Final = 1 << 20
 MIG_SLICES: Final = 7
 """Compute slices of a GPU that MIG can divide (NVIDIA Multi-Instance GPU user guide)."""
 
+EMPTY: Final = "the file is empty; it needs the keys gpus, cpus and memory"
 GPU_KEYS: Final = ("model", "count", "memory", "capability", "numa", "mig")
 LINK_KEYS: Final = ("nvlink", "pairs", "same_numa", "other_numa", "groups")
 MACHINE_KEYS: Final = ("name", "gpus", "links", "cpus", "memory")
@@ -90,23 +90,18 @@ def load(path: Path) -> Machine:
         InvalidInput: With the position of every mistake in the file, or where it cannot be read.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(BYTES_MAX + 1)
     except OSError as error:
         raise InvalidInput(f"{path}: cannot read the machine file: {error.strerror}") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise InvalidInput(f"{path}: the machine file has {len(content):,} bytes, at most {MAX_FILE_BYTES:,}")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path}: the machine file is not UTF-8 at byte {error.start}") from error
-    return parse(text, str(path))
+    return parse(content, str(path))
 
 
-def parse(text: str, file: str = "") -> Machine:
+def parse(text: bytes | str, file: str = "") -> Machine:
     """Read a machine from YAML text.
 
     Args:
-        text: The file's content.
+        text: The file's content; keys of the top level that begin with ``x-`` are for anchors and notes.
         file: Its name, for positions and as the machine's name where it gives none itself.
 
     Raises:
@@ -114,17 +109,13 @@ def parse(text: str, file: str = "") -> Machine:
     """
     reader = _Reader(file)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-        reader.problems.append(Problem(file, *where, "", f"not YAML: {error.problem or error.context}"))
+        reader.tree = read(text, empty=EMPTY, second="a second document begins; a file is one machine")
+    except TextError as error:
+        reader.note(error.note.place, (), error.note.message)
         raise reader.error() from error
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"{file or 'machine'}: not YAML: {error}") from error
-    machine = _machine(reader, node) if node else None
-    if node is None:
-        reader.problems.append(Problem(file, 1, 1, "", "the file is empty; it needs the key gpus"))
+    for note in reader.tree.notes:
+        reader.note(note.place, note.loc, note.message)
+    machine = _machine(reader, _Node(reader.tree.value, ()))
     if machine is None or reader.problems:
         raise reader.error()
     return machine
@@ -158,79 +149,87 @@ def assemble(
     return Inventory(gpus=tuple(gpus), links=links, nvlinks=counts, pcie=paths, simulated=simulated)
 
 
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A value of the file and where it is."""
+
+    value: object
+    loc: Loc
+
+
 class _Reader:
-    """Takes typed values out of YAML nodes and collects what is wrong with them, each with its position."""
+    """Takes typed values out of the file's and collects what is wrong with them, each with its position."""
 
     def __init__(self, file: str) -> None:
         self.file = file
+        self.tree = Tree()
         self.problems: list[Problem] = []
 
     def error(self) -> InvalidInput:
         """All problems as one error."""
         found = sorted(self.problems)
         count = f"{len(found)} mistakes" if len(found) > 1 else "a mistake"
-        return InvalidInput(
-            f"{count} in the machine file: " + "; ".join(map(str, found)), problems=tuple(found)
-        )
+        return InvalidInput(f"{count} in the machine file", problems=tuple(found))
 
-    def wrong(self, node: yaml.Node, path: str, message: str) -> None:
-        """Note a mistake."""
-        mark = node.start_mark
-        self.problems.append(Problem(self.file, mark.line + 1, mark.column + 1, path, message))
+    def note(self, place: Place, loc: Loc, message: str) -> None:
+        """Note a mistake at a place."""
+        self.problems.append(Problem(self.file, place.line, place.column, path_of(loc), message))
 
-    def mapping(self, node: yaml.Node, path: str, allowed: Sequence[str]) -> dict[str, yaml.Node]:
-        """The values of a mapping by key; unknown and repeated keys are mistakes."""
-        if not isinstance(node, yaml.MappingNode):
+    def wrong(self, node: _Node, path: str, message: str) -> None:
+        """Note a mistake in a value."""
+        place = self.tree.values.get(node.loc, Place(1, 1))
+        self.problems.append(Problem(self.file, place.line, place.column, path, message))
+
+    def mapping(self, node: _Node, path: str, allowed: Sequence[str]) -> dict[str, _Node]:
+        """The values of a mapping by key; unknown keys are mistakes."""
+        if not isinstance(node.value, dict):
             self.wrong(node, path, f"expected keys ({', '.join(allowed)})")
             return {}
-        found: dict[str, yaml.Node] = {}
-        for key_node, value in node.value:
-            key = str(key_node.value)
-            full = f"{path}.{key}" if path else key
-            if key not in allowed:
-                self.wrong(key_node, full, f"unknown key; allowed are {', '.join(allowed)}")
-            elif key in found:
-                self.wrong(key_node, full, "given twice")
-            else:
-                found[key] = value
+        found: dict[str, _Node] = {}
+        for key, value in node.value.items():
+            loc = (*node.loc, key)
+            if key in allowed:
+                found[key] = _Node(value, loc)
+            elif node.loc or not key.startswith("x-"):
+                self.note(self.tree.keys.get(loc, Place(1, 1)), loc, unknown_key(key, allowed))
         return found
 
-    def items(self, node: yaml.Node, path: str) -> Iterator[tuple[yaml.Node, str]]:
+    def items(self, node: _Node, path: str) -> Iterator[tuple[_Node, str]]:
         """The elements of a list, each with its path."""
-        if not isinstance(node, yaml.SequenceNode):
+        if not isinstance(node.value, list):
             self.wrong(node, path, "expected a list")
             return
         for index, item in enumerate(node.value):
-            yield item, f"{path}[{index}]"
+            yield _Node(item, (*node.loc, index)), f"{path}[{index}]"
 
-    def text(self, node: yaml.Node, path: str) -> str:
+    def text(self, node: _Node, path: str) -> str:
         """A non-empty text."""
-        if isinstance(node, yaml.ScalarNode) and node.value.strip() and node.tag != "tag:yaml.org,2002:null":
+        if isinstance(node.value, str) and node.value.strip() and typed(node.value) is not None:
             return str(node.value).strip()
         self.wrong(node, path, "expected a text")
         return ""
 
-    def integer(self, node: yaml.Node, path: str, low: int, high: int) -> int:
+    def integer(self, node: _Node, path: str, low: int, high: int) -> int:
         """A whole number within bounds, both included; the lower bound where it is wrong."""
-        value = node.value if isinstance(node, yaml.ScalarNode) else ""
+        value = node.value if isinstance(node.value, str) else ""
         if re.fullmatch(r"\d{1,9}", value) and low <= int(value) <= high:
             return int(value)
         self.wrong(node, path, f"expected a whole number from {low} to {high}")
         return low
 
-    def size(self, node: yaml.Node, path: str) -> int:
+    def size(self, node: _Node, path: str) -> int:
         """A positive size in bytes, from bytes or a number with a unit (powers of 1024)."""
-        match = _SIZE.fullmatch(node.value.strip()) if isinstance(node, yaml.ScalarNode) else None
+        match = _SIZE.fullmatch(node.value.strip()) if isinstance(node.value, str) else None
         if match and (amount := int(float(match[1]) * _UNITS[match[2].lower()])) > 0:
             return amount
         self.wrong(node, path, "expected a size such as 40GB, 81559MiB or a number of bytes")
         return 1
 
 
-def _machine(reader: _Reader, node: yaml.Node) -> Machine | None:
+def _machine(reader: _Reader, node: _Node) -> Machine | None:
     keys = reader.mapping(node, "", MACHINE_KEYS)
     for key in ("gpus", "cpus", "memory"):
-        if isinstance(node, yaml.MappingNode) and key not in keys:
+        if isinstance(node.value, dict) and key not in keys:
             reader.wrong(node, key, "is missing")
     cpus = reader.integer(keys["cpus"], "cpus", 1, 4096) if "cpus" in keys else 1
     memory = reader.size(keys["memory"], "memory") if "memory" in keys else 1
@@ -250,11 +249,11 @@ def _machine(reader: _Reader, node: yaml.Node) -> Machine | None:
     return Machine(name=name, inventory=assemble(gpus, nvlinks, pcie), cpus=cpus, memory_bytes=memory)
 
 
-def _gpus(reader: _Reader, node: yaml.Node, path: str, first: int) -> list[Gpu]:
+def _gpus(reader: _Reader, node: _Node, path: str, first: int) -> list[Gpu]:
     """The GPUs of one entry; ``first`` is the index of its first one."""
     keys = reader.mapping(node, path, GPU_KEYS)
     for key in ("model", "memory"):
-        if isinstance(node, yaml.MappingNode) and key not in keys:
+        if isinstance(node.value, dict) and key not in keys:
             reader.wrong(node, f"{path}.{key}", "is missing")
     model = reader.text(keys["model"], f"{path}.model") if "model" in keys else ""
     memory = reader.size(keys["memory"], f"{path}.memory") if "memory" in keys else 1
@@ -287,9 +286,9 @@ def _gpus(reader: _Reader, node: yaml.Node, path: str, first: int) -> list[Gpu]:
     ]
 
 
-def _numa(reader: _Reader, node: yaml.Node | None, path: str, count: int) -> list[int]:
+def _numa(reader: _Reader, node: _Node | None, path: str, count: int) -> list[int]:
     """The NUMA node of each GPU of an entry: one for all, or a list."""
-    if not isinstance(node, yaml.SequenceNode):
+    if node is None or not isinstance(node.value, list):
         return [reader.integer(node, path, 0, 255) if node else 0] * count
     nodes = [reader.integer(item, where, 0, 255) for item, where in reader.items(node, path)]
     if len(nodes) != count:
@@ -298,7 +297,7 @@ def _numa(reader: _Reader, node: yaml.Node | None, path: str, count: int) -> lis
     return nodes
 
 
-def _profiles(reader: _Reader, node: yaml.Node | None, path: str, memory: int) -> list[str] | None:
+def _profiles(reader: _Reader, node: _Node | None, path: str, memory: int) -> list[str] | None:
     """The MIG profiles of a GPU; None where it is not in MIG mode."""
     if node is None:
         return None
@@ -335,7 +334,7 @@ def _mig(gpu: int, profiles: Sequence[str]) -> tuple[MigDevice, ...]:
 
 
 def _links(
-    reader: _Reader, node: yaml.Node | None, gpus: Sequence[Gpu]
+    reader: _Reader, node: _Node | None, gpus: Sequence[Gpu]
 ) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], Link]]:
     """NVLinks and PCIe paths of pairs of indexes."""
     keys = reader.mapping(node, "links", LINK_KEYS) if node else {}
@@ -370,12 +369,12 @@ def _links(
     return nvlinks, pcie
 
 
-def _index(reader: _Reader, node: yaml.Node, path: str, gpus: Sequence[Gpu]) -> int:
+def _index(reader: _Reader, node: _Node, path: str, gpus: Sequence[Gpu]) -> int:
     return reader.integer(node, path, 0, max(0, len(gpus) - 1))
 
 
-def _level(reader: _Reader, node: yaml.Node, path: str) -> Link:
-    word = node.value.upper() if isinstance(node, yaml.ScalarNode) else ""
+def _level(reader: _Reader, node: _Node, path: str) -> Link:
+    word = node.value.upper() if isinstance(node.value, str) else ""
     if word not in LEVELS:
         reader.wrong(node, path, f"expected one of {', '.join(LEVELS)}, as nvidia-smi topo -m names them")
     return LEVELS.get(word, Link.SYSTEM)

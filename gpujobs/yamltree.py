@@ -188,6 +188,10 @@ _SAID = (
         "did not find expected ',' or ']'",
         "a `[` is not closed; close it with `]`, and put commas between its items",
     ),
+    (
+        "did not find expected node content",
+        "brackets do not match, or an item between them is missing; write such as [a, b] or {a: b}",
+    ),
     ("unexpected end of stream", "a quote is not closed; close it"),
     ("unexpected document indicator", "a quote is not closed; close it"),
     (
@@ -212,7 +216,8 @@ def _syntax(error: yaml.MarkedYAMLError, text: str) -> TextError:
     if "\t" in near[: len(near) - len(near.lstrip())]:
         return TextError(Place(place.line, near.index("\t") + 1), "a tab indents this line; indent with spaces")
     problem = str(error.problem or error.context or "")
-    opened = error.context_mark if error.context_mark and "not closed" in _say(problem) else None
+    begun = any(words in _say(problem) for words in ("not closed", "a key without"))
+    opened = error.context_mark if begun else None
     if opened is not None:
         place = Place(opened.line + 1, opened.column + 1)
     return TextError(place, f"not valid YAML: {_say(problem)}")

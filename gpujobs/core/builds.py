@@ -6,7 +6,12 @@ import posixpath
 from collections.abc import Mapping
 
 from gpujobs.core import forms
-from gpujobs.core.values import Context, Json, mapping, shown, text, typed, wrong
+from gpujobs.core.values import Context, Json, mapping, shown, templated, text, typed, wrong
+
+CONTEXT_SCHEMA = templated(
+    {"type": "string", "pattern": r"\S", "not": {"pattern": r"://|^git@|^~[^/]|[\x00-\x1f\x7f-\x9f]"}},
+    allowed="a directory of this machine, such as .",
+)
 
 
 def build_context(value: object, context: Context) -> str:
@@ -45,4 +50,4 @@ def build_forms(value: object, context: Context) -> Mapping[str, object]:
 
 def build_schema(inner: Json) -> Json:
     """JSON Schema of a build: a directory, or the mapping."""
-    return {"anyOf": [{"type": "string", "minLength": 1, "not": {"pattern": "://|^git@"}}, inner]}
+    return {"anyOf": [CONTEXT_SCHEMA, inner]}

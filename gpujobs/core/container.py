@@ -224,6 +224,11 @@ def in_memory(owner: Owner, size: int | None = None) -> str:
     return f"rw,nosuid,nodev,uid={owner.uid},gid={owner.gid},mode=0700" + (f",size={size}" if size else "")
 
 
+def asked_in_memory(spec: JobSpec, owner: Owner) -> dict[str, str]:
+    """The file's mounts in memory: targets and the Engine's options."""
+    return {volume.target: in_memory(owner, volume.size) for volume in spec.volumes if volume.type == "tmpfs"}
+
+
 def tmpfs_of(order: Order) -> dict[str, str]:
     """All file systems in memory, by their places: one for the secrets, which are to be in no layer, among them."""
     ours = {secrets.DIRECTORY: in_memory(order.owner, secrets.MEMORY) + ",noexec"} if order.spec.secrets else {}

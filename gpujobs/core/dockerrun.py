@@ -35,6 +35,7 @@ VALUED = frozenset({
 })  # fmt: skip
 """Options with a value, of the same file."""
 
+_SUDO_VALUED = frozenset({"-C", "-D", "-g", "-h", "-p", "-R", "-r", "-T", "-t", "-U", "-u", "--user", "--group"})
 _GLOBAL_VALUED = frozenset({"config", "context", "host", "log-level", "tlscacert", "tlscert", "tlskey"})
 
 WHY = {
@@ -49,13 +50,10 @@ WHY = {
     "publish-all": "each port has to be named; write ports:",
     "user": "a job runs as the one who submits it, with their groups",
     "group-add": "a job has the groups of the one who submits it",
-    "cap-add": "a job has no capabilities",
     "cap-drop": "a job has no capabilities anyway",
-    "device": "devices are not passed; GPUs come by gpus:",
     "security-opt": "jobs have no-new-privileges and the Engine's own profiles",
     "restart": "an ended job stays ended; `gpujobs rerun` starts it again",
     "hostname": "the host's name in the container is the server's choice",
-    "network": "a job is on a network of its own; publish with ports:",
     "add-host": "names of hosts are not set; use addresses",
     "dns": "name servers are the Engine's",
     "link": "containers are not linked; a job is on a network of its own",
@@ -133,7 +131,9 @@ def _start(words: list[str], line: Line) -> list[str]:
         first = words.pop(0)
         if first == "sudo":
             while words and words[0].startswith("-"):
-                words.pop(0)
+                word = words.pop(0)
+                if word in _SUDO_VALUED and words:
+                    words.pop(0)
             line.passed.append(("sudo", "a job runs as the one who submits it"))
         elif first.startswith("NV_GPU="):
             line.visible = first.partition("=")[2]

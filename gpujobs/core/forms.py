@@ -9,7 +9,9 @@ import signal
 from collections.abc import Mapping
 from ipaddress import ip_address
 
+from gpujobs.core.patterns import any_case, between
 from gpujobs.core.values import (
+    TEXT,
     Context,
     Faults,
     Json,
@@ -33,7 +35,6 @@ ARGUMENT_MAX = 128 * 1024 - 1
 """Of one argument or one NAME=value, in bytes: the kernel's MAX_ARG_STRLEN, less the closing NUL."""
 
 SCALAR: Json = {"type": ["string", "number", "boolean"]}
-STRINGS: Json = {"type": "array", "items": {"type": "string", "minLength": 1}}
 
 # ---------------------------------------------------------------------------------------------- names
 
@@ -59,15 +60,16 @@ def job_name(value: object) -> str:
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _PART = re.compile(r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}(?::[0-9]{1,5})?|\[[0-9a-fA-F:]{2,45}\](?::[0-9]{1,5})?")
+_REGISTRY = rf"(localhost(:[0-9]{{1,5}})?|(?=[^/]*[.:]){_HOST.pattern})"
 _IMAGE_EXAMPLE = "a reference such as pytorch/pytorch:2.4.0-cuda12.4-cudnn9-runtime"
 IMAGE_SCHEMA = templated(
     {
         "type": "string",
+        "maxLength": 512,
         "pattern": (
-            r"^(sha256:[0-9a-f]{64}|([A-Za-z0-9.-]+(:[0-9]+)?/|\[[0-9a-fA-F:]+\](:[0-9]+)?/)?"
-            r"[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?"
-            r"(@sha256:[0-9a-f]{64})?)$"
-        ),
+            rf"^(sha256:[0-9a-f]{{64}}|(?!sha256(:|@|$))({_REGISTRY}/)?{_PART.pattern}(/{_PART.pattern})*"
+            rf"(:{_TAG.pattern})?(@sha256:[0-9a-f]{{64}})?)$"
+        ).replace("(?:", "("),
     },
     allowed=_IMAGE_EXAMPLE,
 )
@@ -111,9 +113,10 @@ def image(value: object) -> str:
 
 def signal_name(value: object) -> str:
     """A signal by name or number, as ``SIGTERM``."""
-    words = source(value).strip().upper() if isinstance(typed(value), str | int) else ""
+    real = typed(value)
+    words = str(real).strip().upper() if isinstance(real, str | int) and not isinstance(real, bool) else ""
     known = {item.name: item.value for item in signal.Signals}
-    if words.isascii() and words.isdigit() and len(words) <= 3:
+    if re.fullmatch("[1-9][0-9]{0,2}", words):
         for name, code in known.items():
             if code == int(words):
                 return name
@@ -125,19 +128,25 @@ def signal_name(value: object) -> str:
     offset = re.fullmatch(r"SIGRT(?:MIN\+|MAX-)([0-9]{1,2})", full)
     if offset is not None and int(offset[1]) <= signal.SIGRTMAX - signal.SIGRTMIN:
         return full
-    near = did_you_mean(full, known)
+    near = did_you_mean(full, known) if len(words) > 2 and words[0].isalpha() else ""
     raise wrong(f"{describe(value)} is not a signal; write a name such as SIGTERM or SIGINT, or its number{near}")
 
 
-_SIGNALS = "|".join(sorted(word for item in signal.Signals for word in (item.name[3:], item.name[3:].lower())))
-
+_SIGNALS = "|".join(any_case(word) for word in sorted(item.name[3:] for item in signal.Signals))
+_REALTIME = signal.SIGRTMAX - signal.SIGRTMIN
+_NO_SIGNALS = [code for code in range(1, signal.SIGRTMAX) if code not in signal.valid_signals()]
+"""The numbers that the C library keeps for itself: 32 and 33."""
 
 SIGNAL_SCHEMA = templated(
-    {"type": "integer", "minimum": 1, "maximum": 64},
+    {"type": "integer", "minimum": 1, "maximum": int(signal.SIGRTMAX), "not": {"enum": _NO_SIGNALS}},
     {
         "type": "string",
-        "pattern": rf"^([0-9]{{1,2}}|([sS][iI][gG])?({_SIGNALS}|[rR][tT](MIN\+|MAX-)[0-9]{{1,2}}))$",
+        "pattern": (
+            rf"^\s*((?!({'|'.join(map(str, _NO_SIGNALS))})\s*$){between(1, signal.SIGRTMAX)}|({any_case('SIG')})?"
+            rf"({_SIGNALS}|{any_case('RT')}({any_case('MIN')}\+|{any_case('MAX')}-)0?{between(0, _REALTIME)}))\s*$"
+        ),
     },
+    allowed="a name such as SIGTERM or SIGINT, or its number",
 )
 
 # ---------------------------------------------------------------------------------------------- argv
@@ -185,6 +194,8 @@ def env_name(name: str) -> str:
     """A name for an environment variable that the job's owner may set."""
     if not name or "=" in name or any(char.isspace() or not char.isprintable() for char in name):
         raise wrong(f"{shown(name)} is not a variable's name; write letters, digits and _, such as OMP_NUM_THREADS")
+    if name == "NVIDIA_DRIVER_CAPABILITIES":
+        raise wrong(f"{shown(name)} is set by gpujobs: ask with driver_capabilities:")
     if name.startswith("NVIDIA_"):
         raise wrong(f"{shown(name)} is set by gpujobs: ask with gpus:")
     if name.startswith("GPUJOBS_"):
@@ -248,15 +259,17 @@ def _item(item: object, context: Context) -> tuple[str, str]:
     return name, _env_value(name, given) if equals else _from_client(name, context)
 
 
-_NAME_PATTERN = r"^(?!NVIDIA_|GPUJOBS_)[^=\s]{1,256}$"
+_UNSEEN = r"\s\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+"""Of a character class: what no name holds. (Other characters that do not print only the parser knows.)"""
+_NAME_PATTERN = rf"^(?!NVIDIA_|GPUJOBS_)[^={_UNSEEN}]{{1,256}}"
 ENVIRONMENT_SCHEMA: Json = {
     "anyOf": [
         {
             "type": "object",
-            "propertyNames": {"pattern": _NAME_PATTERN},
+            "propertyNames": {"pattern": f"{_NAME_PATTERN}$"},
             "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
         },
-        {"type": "array", "items": {"type": "string", "pattern": r"^(?!NVIDIA_|GPUJOBS_)[^=\s]{1,256}(=|$)"}},
+        {"type": "array", "items": templated({"type": "string", "pattern": f"{_NAME_PATTERN}(=|$(?!\\n))"})},
     ]
 }
 
@@ -366,28 +379,15 @@ def _env_file(item: object, context: Context) -> Pairs:
     raise wrong(f"{shown(path)} was not found or cannot be read; relative paths start at the job file's directory")
 
 
+_ENV_FILE: Json = {
+    "type": "object",
+    "properties": {"path": TEXT, "required": templated({"type": "boolean"})},
+    "required": ["path"],
+    "additionalProperties": False,
+}
 ENV_FILE_SCHEMA: Json = {
     "$comment": "that the file can be read is not the schema's matter",
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {
-            "type": "array",
-            "items": {
-                "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {
-                        "type": "object",
-                        "properties": {
-                            "path": {"type": "string", "minLength": 1},
-                            "required": {"type": "boolean"},
-                        },
-                        "required": ["path"],
-                        "additionalProperties": False,
-                    },
-                ]
-            },
-        },
-    ],
+    "anyOf": [TEXT, _ENV_FILE, {"type": "array", "items": {"anyOf": [TEXT, _ENV_FILE]}}],
 }
 
 
@@ -427,10 +427,15 @@ LABELS_SCHEMA: Json = {
     "anyOf": [
         {
             "type": "object",
-            "propertyNames": {"pattern": r"^(?!gpujobs(\.|$))\S{1,256}$"},
+            "propertyNames": {"pattern": rf"^(?!gpujobs(\.|$))[^{_UNSEEN}]{{1,256}}$"},
             "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
         },
-        {"type": "array", "items": {"type": "string", "pattern": r"^(?!gpujobs(\.|=|$))[^\s=]{1,256}(=|$)"}},
+        {
+            "type": "array",
+            "items": templated(
+                {"type": "string", "pattern": rf"^(?!gpujobs(\.|=|$))[^={_UNSEEN}]{{1,256}}(=|$(?!\n))"}
+            ),
+        },
     ]
 }
 
@@ -459,7 +464,7 @@ def absolute(value: object, what: str, example: str) -> str:
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
-ABSOLUTE_SCHEMA = templated({"type": "string", "pattern": "^/"}, allowed="a path from the root, such as /workspace")
+ABSOLUTE_SCHEMA = templated({**TEXT, "pattern": "^/"}, allowed="a path from the root, such as /workspace")
 
 
 def working_dir(value: object) -> str:
@@ -467,13 +472,15 @@ def working_dir(value: object) -> str:
     return absolute(value, "a directory", "a path from the root, such as /workspace")
 
 
-_IP_HINT = "an address of this machine, such as 127.0.0.1"
+_BYTE = between(0, 255)
+IP_PATTERN = rf"({_BYTE}(\.{_BYTE}){{3}}|[0-9a-fA-F]{{0,4}}(:[0-9a-fA-F.]{{0,15}}){{2,7}}(%[^\s\]]+)?)"
+IP_HINT = "an address of this machine, such as 127.0.0.1"
 
 
 def host_ip(value: object) -> str:
     """An IP address."""
-    words = text(value, "an IP address", _IP_HINT).removeprefix("[").removesuffix("]")
+    words = text(value, "an IP address", IP_HINT).removeprefix("[").removesuffix("]")
     try:
         return str(ip_address(words))
     except ValueError as error:
-        raise wrong(f"{shown(words)} is not an IP address; write {_IP_HINT}") from error
+        raise wrong(f"{shown(words)} is not an IP address; write {IP_HINT}") from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from gpujobs.core.patterns import between, whole
 from gpujobs.core.values import (
+    TEXT,
     Context,
     Fault,
     Faults,
@@ -87,7 +89,8 @@ def count(value: object) -> tuple[int, int]:
 
 COUNT_SCHEMA = templated(
     {"type": "integer", "minimum": 0, "maximum": GPUS_MAX},
-    {"type": "string", "pattern": r"^\s*([0-9]|[1-9][0-9]{1,3})\s*(-\s*[1-9][0-9]{0,3}\s*)?$"},
+    {"type": "string", "pattern": whole(0, GPUS_MAX)},
+    {"type": "string", "pattern": rf"^\s*{between(1, GPUS_MAX)}\s*-\s*{between(1, GPUS_MAX)}\s*$"},
     allowed=_COUNT_EXAMPLE,
 )
 
@@ -148,8 +151,8 @@ UUID_SCHEMA: Json = {
 }
 MODEL_SCHEMA: Json = {
     "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "uniqueItems": True},
+        TEXT,
+        {"type": "array", "items": TEXT, "minItems": 1, "uniqueItems": True},
     ]
 }
 

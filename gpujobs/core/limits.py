@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from gpujobs.core.forms import argument
 from gpujobs.core.values import (
+    TEXT,
     Context,
     Faults,
     Json,
@@ -19,6 +20,7 @@ from gpujobs.core.values import (
     known_keys,
     mapping,
     not_a,
+    templated,
     text,
     wrong,
 )
@@ -118,7 +120,7 @@ def check_test(value: object) -> tuple[bool, tuple[str, ...]]:
 
 CHECK_SCHEMA: Json = {
     "anyOf": [
-        {"type": "string", "minLength": 1},
+        TEXT,
         {"type": "array", "prefixItems": [{"const": "NONE"}], "minItems": 1, "maxItems": 1},
         {
             "type": "array",
@@ -183,6 +185,6 @@ def check_schema(inner: Json) -> Json:
     assert isinstance(properties, dict)
     properties = {key: item for key, item in properties.items() if key != "shell"}
     without = {key: value for key, value in inner.items() if key != "required"}
-    either = [{"required": ["test"]}, {"required": ["disable"], "properties": {"disable": {"const": True}}}]
-    off: Json = {"type": "boolean", "description": "No check at all."}
+    either = [{"required": ["test"]}, {"required": ["disable"], "properties": {"disable": templated({"const": True})}}]
+    off: Json = {**templated({"type": "boolean"}), "description": "No check at all."}
     return {**without, "properties": {**properties, "disable": off}, "anyOf": either}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from gpujobs.core.forms import absolute, host_ip, host_path
+from gpujobs.core.forms import IP_HINT, IP_PATTERN, absolute, host_ip, host_path
 from gpujobs.core.values import (
+    TEXT,
     Context,
     Faults,
     Json,
@@ -20,7 +21,6 @@ from gpujobs.core.values import (
     shown,
     size,
     size_schema,
-    source,
     templated,
     text,
     typed,
@@ -155,7 +155,10 @@ def _bind_source(value: object, context: Context) -> str:
 
 
 def _named_source(value: object) -> str:
-    return _volume_name(text(value, "a volume's name", "a name, such as datasets"))
+    name = text(value, "a volume's name", "a name, such as datasets")
+    if name.startswith(("/", ".", "~")):
+        raise wrong(f"{shown(name)} is a path; write type: bind, or a name such as datasets")
+    return _volume_name(name)
 
 
 def _options(value: object, key: str, kind: str | None) -> int | None:
@@ -209,6 +212,9 @@ _NEVER = r"(?!/+(proc|sys|dev|\.gpujobs|etc/(passwd|group)|(var/)?run/nvidia-con
 _TARGET_SCHEMA = templated(
     {"type": "string", "pattern": f"^{_NEVER}/"}, allowed="a path from the root where something can be mounted"
 )
+_NAMED_SCHEMA = templated(
+    {"type": "string", "pattern": f"^{_VOLUME_NAME.pattern}$"}, allowed="a volume's name, such as datasets"
+)
 VOLUMES_SCHEMA: Json = {
     "type": "array",
     "items": {
@@ -216,8 +222,8 @@ VOLUMES_SCHEMA: Json = {
             templated(
                 {
                     "type": "string",
-                    "pattern": rf"^(~|~/[^:]*|[^:~][^:]*):{_NEVER}/[^:]*(:(ro|rw))?$",
-                    "not": {"pattern": r"^([A-Za-z0-9][^:/]*/|:)"},
+                    "pattern": rf"^(~|~/[^:]*|[./][^:]*|{_VOLUME_NAME.pattern}):{_NEVER}/[^:]*(:(ro|rw))?$",
+                    "not": {"pattern": r"[\x00-\x1f\x7f-\x9f]"},
                 },
                 allowed="source:target, such as ~/data:/data:ro or .:/workspace",
             ),
@@ -227,12 +233,12 @@ VOLUMES_SCHEMA: Json = {
                 "required": ["type", "target"],
                 "properties": {
                     "type": templated({"enum": ["bind", "volume", "tmpfs"]}),
-                    "source": {"type": "string", "minLength": 1},
+                    "source": TEXT,
                     "target": _TARGET_SCHEMA,
                     "read_only": templated({"type": "boolean"}),
                     "bind": {
                         "type": "object",
-                        "properties": {"create_host_path": {"const": False}},
+                        "properties": {"create_host_path": templated({"const": False})},
                         "additionalProperties": False,
                     },
                     "volume": {"type": "object", "additionalProperties": False},
@@ -250,11 +256,11 @@ VOLUMES_SCHEMA: Json = {
                     },
                     {
                         "if": {"properties": {"type": {"const": "bind"}}},
-                        "then": {"properties": {"volume": False}},
+                        "then": {"properties": {"volume": False, "source": {"not": {"pattern": r"^~[^/]"}}}},
                     },
                     {
                         "if": {"properties": {"type": {"const": "volume"}}},
-                        "then": {"properties": {"bind": False}},
+                        "then": {"properties": {"bind": False, "source": _NAMED_SCHEMA}},
                     },
                 ],
             },
@@ -278,7 +284,7 @@ PORTS_MAX = 1000
 
 def _short_port(value: object) -> list[RawPort]:
     real = typed(value)
-    words = source(value).strip() if isinstance(real, str | int) and not isinstance(real, bool) else ""
+    words = str(real).strip() if isinstance(real, str | int) and not isinstance(real, bool) else ""
     match = _PORTS.fullmatch(words)
     if match is None:
         raise not_a(value, "a port", _PORT_EXAMPLE)
@@ -357,10 +363,13 @@ PORTS_SCHEMA: Json = {
                 {"type": "integer", "minimum": 1, "maximum": 65535},
                 {
                     "type": "string",
-                    "pattern": "^"
-                    + _PORTS.pattern.replace("(?:", "(").replace("[A-Za-z]{1,10}", "[tT][cC][pP]|[uU][dD][pP]")
-                    + "$",
-                    "not": {"pattern": rf"(^|[:-])({_TOO_HIGH})(-|:|/|$)"},
+                    "pattern": r"^\s*"
+                    + _PORTS.pattern.replace("(?:", "(")
+                    .replace("[A-Za-z]{1,10}", "[tT][cC][pP]|[uU][dD][pP]")
+                    .replace(r"[^\]]{1,60}", IP_PATTERN)
+                    .replace(r"[^:/\[\]]{1,60}", IP_PATTERN)
+                    + r"\s*$",
+                    "not": {"pattern": rf"(^|[:-])\s*0*({_TOO_HIGH})(-|:|/|\s*$)"},
                 },
                 allowed=_PORT_EXAMPLE,
             ),
@@ -371,7 +380,9 @@ PORTS_SCHEMA: Json = {
                 "properties": {
                     "target": _PORT_SCHEMA,
                     "published": _PORT_SCHEMA,
-                    "host_ip": {"type": "string", "minLength": 2},
+                    "host_ip": templated(
+                        {"type": "string", "pattern": rf"^(\[{IP_PATTERN}\]|{IP_PATTERN})$"}, allowed=IP_HINT
+                    ),
                     "protocol": templated({"enum": ["tcp", "udp"]}),
                 },
             },

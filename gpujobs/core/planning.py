@@ -7,11 +7,11 @@ server and ``plan --simulate`` ask the same function.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpujobs.core import export
-from gpujobs.core.container import Image, Mount, Order, cpus_near, in_memory
+from gpujobs.core.container import Image, Mount, Order, asked_in_memory, cpus_near, in_memory
 from gpujobs.core.cuda import needs_newer_driver
 from gpujobs.core.decide import View, check_possible, holdings, memory_of, shape_of
 from gpujobs.core.job import Allocation, JobId, Owner
@@ -29,6 +29,7 @@ class Plan:
         starts: Whether it could start now, were it first in line.
         message: What it would wait for, or what will go wrong; empty for nothing.
         order: What its container would be made of; None where it would wait.
+        indexes: NVML's index of each GPU, and of each MIG device's GPU, by UUID: for people.
     """
 
     gpus: tuple[str, ...]
@@ -36,6 +37,7 @@ class Plan:
     starts: bool
     message: str
     order: Order | None
+    indexes: Mapping[str, int] = field(default_factory=dict)
 
 
 def plan(
@@ -50,8 +52,10 @@ def plan(
     shape = shape_of(spec)
     check_possible(shape, view)
     outcome = place(shape.gpus, holdings(view.queue.active), view.avoid, view.inventory)
+    indexes = {uuid: gpu.index for gpu in view.inventory.gpus for uuid in (gpu.uuid, *(mig.uuid for mig in gpu.mig))}
     if isinstance(outcome, NoPlacement):
-        return Plan(gpus=(), reasons=outcome.choices, starts=False, message=outcome.message, order=None)
+        return Plan(gpus=(), reasons=outcome.choices, starts=False, message=outcome.message, order=None,
+                    indexes=indexes)  # fmt: skip
     allocation = Allocation(gpus=outcome.uuids, cpus=shape.cpus, memory=memory_of(shape, view))
     chosen = [gpu for uuid in outcome.uuids if (gpu := view.inventory.by_uuid(uuid)) is not None]
     home = f"/home/{owner.name}"
@@ -60,7 +64,7 @@ def plan(
         for volume in spec.volumes
         if volume.type != "tmpfs"
     )
-    tmpfs = {volume.target: in_memory(owner, volume.size) for volume in spec.volumes if volume.type == "tmpfs"}
+    tmpfs = asked_in_memory(spec, owner)
     if home not in {mount.target for mount in mounts} | set(tmpfs):
         tmpfs[home] = in_memory(owner)
     order = Order(
@@ -69,7 +73,8 @@ def plan(
         ceilings=ceilings or {}, near=cpus_near(chosen, shape.cpus, int(view.host.cpus)), defaults=defaults,
     )  # fmt: skip
     warning = needs_newer_driver(image, view.inventory) if outcome.uuids else None
-    return Plan(gpus=outcome.uuids, reasons=outcome.choices, starts=True, message=warning or "", order=order)
+    return Plan(gpus=outcome.uuids, reasons=outcome.choices, starts=True, message=warning or "", order=order,
+                indexes=indexes)  # fmt: skip
 
 
 def source_of(owner: Owner, kind: str, source: str) -> str:
@@ -82,7 +87,10 @@ def as_row(outcome: Plan) -> dict[str, Any]:
     order = outcome.order
     return {
         "gpus": list(outcome.gpus),
-        "reasons": [{"uuid": c.uuid, "chosen": c.chosen, "reason": c.reason} for c in outcome.reasons],
+        "reasons": [
+            {"uuid": c.uuid, "index": outcome.indexes.get(c.uuid), "chosen": c.chosen, "reason": c.reason}
+            for c in outcome.reasons
+        ],
         "starts": outcome.starts,
         "message": outcome.message or None,
         "mounts": [] if order is None else [

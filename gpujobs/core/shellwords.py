@@ -1,8 +1,9 @@
-"""A command line as a shell reads it, as far as one can without running it."""
+"""A command line as a shell reads it, as far as one can without running it; and words written for one."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 
 from gpujobs.core.errors import InvalidInput
@@ -17,7 +18,9 @@ def raw(text: str) -> str:
 
 
 _ENDS = frozenset(";|&<>()")
-_SUBSTITUTION = re.compile(r"\$\(([^()]*)\)|`([^`]*)`")
+_SUBSTITUTION = re.compile(r"\$\(([^()]*)\)|`([^`]*)`|\$\{[A-Za-z_][A-Za-z0-9_]*(?!:?[-?+}]|[A-Za-z0-9_])[^{}]*\}")
+"""Also ``${NAME%…}`` and the like, which a shell computes and a job file does not."""
+_HERE = frozenset({"pwd", "pwd -P", "pwd -L", "realpath .", "readlink -f ."})
 
 
 @dataclass(slots=True)
@@ -119,7 +122,7 @@ class _Splitter:
         variable = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{[A-Za-z_][^{}]*\})").match(self._line, self._at)
         if found is not None:
             command = (found[1] or found[2] or "").strip()
-            if command == "pwd":
+            if command in _HERE:
                 self._add("${PWD}")
             else:
                 self._result.unknown.append(found[0])
@@ -131,3 +134,25 @@ class _Splitter:
         else:
             self._add(DOLLAR if self._line[self._at] == "$" else "`")
             self._at += 1
+
+
+def folded(line: str) -> str:
+    """A shell's line over several lines, each option on its own; what is quoted stays as it is."""
+    words = re.findall(r"""(?:\$'(?:[^'\\]|\\.)*'|'[^']*'|"(?:\$\([^"]*\)|[^"\\])*"|\\.|[^\s'"\\])+""", line)
+    return "".join((" \\\n    " if word.startswith("--") and at else " " if at else "") + word
+                   for at, word in enumerate(words))  # fmt: skip
+
+
+def quoted(word: str) -> str:
+    """A word for a shell; line ends and tabs stay, what else no terminal shows is ``$'…'``, of bash, zsh and ksh."""
+    if all(char.isprintable() or char in "\n\t" for char in word):
+        return shlex.quote(word)
+    return "$'" + "".join(_ESCAPES.get(char) or (char if char.isprintable() else _escape(char)) for char in word) + "'"
+
+
+_ESCAPES = {"\n": r"\n", "\t": r"\t", "\\": r"\\", "'": r"\'"}
+
+
+def _escape(char: str) -> str:
+    return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\u{ord(char):04x}" if ord(char) < 65536 else (
+        f"\\U{ord(char):08x}")  # fmt: skip

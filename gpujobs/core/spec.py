@@ -18,9 +18,11 @@ from typing import Annotated, ClassVar
 
 from gpujobs.core import builds, forms, gpukeys, limits, mounts
 from gpujobs.core.markers import Around, ContextForm, Form
+from gpujobs.core.patterns import any_case, between
 from gpujobs.core.secrets import DIRECTORY, SECRETS_SCHEMA, Secret, covers
 from gpujobs.core.secrets import secrets as secrets_of
 from gpujobs.core.values import (
+    TEXT,
     Context,
     Fault,
     Json,
@@ -49,6 +51,7 @@ MEMORY_LEAST = 6 << 20
 SHM_LEAST = 64 << 10
 """Bytes: smaller is a unit forgotten."""
 CPUS_MAX = 4096
+CPUS_PATTERN = rf"^\s*\+?({between(1, CPUS_MAX)}(\.[0-9]*)?|0?\.(?!0*\s*$)[0-9]+|0x[0-9a-fA-F]+)\s*$"
 GRACE_MAX = 86400
 """Seconds."""
 
@@ -172,7 +175,7 @@ class Build:
         str,
         ContextForm(
             builds.build_context,
-            {"type": "string", "minLength": 1, "not": {"pattern": "://|^git@"}},
+            builds.CONTEXT_SCHEMA,
             "The directory to build from, such as . for the file's own.",
         ),
     ]
@@ -180,7 +183,7 @@ class Build:
         str,
         Form(
             builds.dockerfile,
-            templated({"type": "string", "pattern": r"^(?!/|\.\.(/|$))."}, allowed="a path inside the context"),
+            templated({**TEXT, "pattern": r"^(?!/|\.\.(/|$)).*\S"}, allowed="a path inside the context"),
             "The Dockerfile's path within the context.",
         ),
     ] = "Dockerfile"
@@ -189,7 +192,7 @@ class Build:
         ContextForm(builds.build_args, forms.ENVIRONMENT_SCHEMA, "Values for the Dockerfile's ARG lines."),
     ] = ()
     target: Annotated[
-        str | None, Form(builds.stage, {"type": "string", "minLength": 1}, "The stage to build; else the last.")
+        str | None, Form(builds.stage, TEXT, "The stage to build; else the last.")
     ] = None
     labels: Annotated[
         tuple[tuple[str, str], ...], Form(forms.labels, forms.LABELS_SCHEMA, "Labels of the image.")
@@ -290,7 +293,8 @@ def _word(what: str, choices: tuple[str, ...], words: str) -> Form[str]:
 def _words(what: str, choices: tuple[str, ...], description: str = "") -> Form[tuple[str, ...]]:
     read = gpukeys.strings(what, f"one of {', '.join(choices)}", lambda word: choice(word, what, choices))
     one = templated({"enum": list(choices)})
-    return Form(read, {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}, description)
+    several: Json = {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}
+    return Form(read, {"anyOf": [one, several]}, description)
 
 
 _CAPABILITY = re.compile(r"(?:CAP_)?([A-Z][A-Z0-9_]{1,40})")
@@ -304,8 +308,12 @@ def _capability(value: str) -> str:
 
 
 def _capabilities() -> Form[tuple[str, ...]]:
-    one: Json = {"type": "string", "pattern": "^(?:[Cc][Aa][Pp]_)?[A-Za-z][A-Za-z0-9_]{1,40}$"}
-    schema: Json = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+    cap = any_case("CAP_")
+    one = templated(
+        {"type": "string", "pattern": f"^(?!({cap})?{any_case('ALL')}$)({cap})?[A-Za-z][A-Za-z0-9_]{{1,40}}$"},
+        allowed="a name such as SYS_PTRACE",
+    )
+    schema: Json = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}]}
     return Form(gpukeys.strings("a capability", "a name such as SYS_PTRACE", _capability), schema,
                 "Capabilities, such as [SYS_PTRACE], where the settings allow them.")  # fmt: skip
 
@@ -380,7 +388,7 @@ class JobSpec:
             _cpus,
             templated(
                 {"type": "number", "minimum": 0.01, "maximum": CPUS_MAX},
-                {"type": "string", "pattern": r"^\s*(0|[1-9][0-9]*)?(\.[0-9]+)?\s*$", "minLength": 1},
+                {"type": "string", "pattern": CPUS_PATTERN},
                 allowed="a number above 0, such as 8 or 0.5",
             ),
             "CPUs, such as 8 or 0.5.",
@@ -453,8 +461,7 @@ def _whole(what: str, low: int, high: int) -> Form[int]:
 
 
 def _texts(what: str, example: str) -> Form[tuple[str, ...]]:
-    one: Json = {"type": "string", "minLength": 1}
-    schema: Json = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+    schema: Json = {"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}]}
     return Form(gpukeys.strings(what, example, str), schema)
 
 
@@ -481,7 +488,12 @@ def _raw(value: object) -> Mapping[str, object]:
 MATRIX_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 MATRIX_MAX = 10_000
 """The most elements that a matrix may expand to."""
-_SET: Json = {"type": "object", "minProperties": 1, "additionalProperties": forms.SCALAR}
+_SET: Json = {
+    "type": "object",
+    "minProperties": 1,
+    "propertyNames": {"pattern": f"^(?!(include|exclude)$){MATRIX_NAME}$"},
+    "additionalProperties": forms.SCALAR,
+}
 _SETS: Json = {"type": "array", "items": _SET, "minItems": 1}
 MATRIX_SCHEMA: Json = {
     "type": "object",

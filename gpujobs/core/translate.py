@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from gpujobs.core import dockerrun, forms, gpukeys, limits, mounts, shellwords
 from gpujobs.core.errors import InvalidInput
+from gpujobs.core.rules import FEATURES
 from gpujobs.core.shellwords import DOLLAR, raw
 from gpujobs.core.values import Context, SpecError, duration, number, shown, size, text
 from gpujobs.core.yamltext import document, literal
@@ -15,6 +16,7 @@ from gpujobs.core.yamltext import document, literal
 _ORDER = (
     "name", "image", "entrypoint", "command", "gpus", "cpus", "mem_limit", "shm_size", "working_dir", "volumes",
     "environment", "env_file", "ports", "ulimits", "labels", "stop_signal", "stop_grace_period", "healthcheck",
+    "ipc", "network_mode",
 )  # fmt: skip
 """Of the keys in what is written."""
 
@@ -72,6 +74,7 @@ class _Translation:
         self._gpus: str | None = None  # as --gpus has it
         self._visible: str | None = None  # as NVIDIA_VISIBLE_DEVICES has it
         self._cuda: str | None = None
+        self._devices: list[str] = []  # GPUs, as --device has them
         self._runtime = False
 
     def note(self, what: str, why: str) -> None:
@@ -108,7 +111,8 @@ class _Translation:
             "volume": self._volume, "mount": self._mount, "tmpfs": self._tmpfs, "publish": self._publish,
             "label": self._label, "ulimit": self._ulimit, "name": self._name, "gpus": self._set_gpus,
             "runtime": self._set_runtime, "entrypoint": self._entrypoint, "ipc": self._ipc,
-            "cpuset-cpus": self._cpuset, "net": lambda word: self._option("network", word),
+            "cpuset-cpus": self._cpuset, "net": self._network, "network": self._network, "device": self._device,
+            "cap-add": self._capability,
             "no-healthcheck": lambda _: self._health.update(disable=True),
         }  # fmt: skip
         simple: dict[str, tuple[str, Callable[[object], object]]] = {
@@ -169,6 +173,9 @@ class _Translation:
             self._visible = value if equals else "all"
             self.note(f"-e {word}", "GPUs are asked for with gpus:")
             return
+        if name == "NVIDIA_DRIVER_CAPABILITIES":
+            self._driver(f"-e {word}", value)
+            return
         if name == "CUDA_VISIBLE_DEVICES":
             self._cuda = value
             self.note(f"-e {word}", "a job's GPUs are numbered from 0; it sees no others")
@@ -208,8 +215,8 @@ class _Translation:
 
     def _mount(self, word: str) -> None:
         given = {}
-        for part in word.split(","):
-            key, equals, value = part.partition("=")
+        for part in word.strip('"').split(","):
+            key, equals, value = part.strip('"').partition("=")
             given[key.strip().lower()] = value if equals else "true"
         kind = given.pop("type", "volume")
         source = re.sub(r"^\$\{PWD\}(?=/|$)", ".", given.pop("source", given.pop("src", "")))
@@ -264,8 +271,34 @@ class _Translation:
             self.note(
                 "--ipc host", "a job has a /dev/shm of its own, a quarter of its memory; write shm_size: for more"
             )
-        elif word not in {"private", "none", ""}:
+        elif word == "none":
+            self._keys["ipc"] = word
+        elif word not in {"private", ""}:
             self.note(f"--ipc {word}", "a job shares no memory with other containers")
+
+    def _network(self, word: str) -> None:
+        if word == "none":
+            self._keys["network_mode"] = word
+        elif word == "host":
+            self.note("--network host", "a job is on a network of its own; publish with ports:, or write "
+                      "network_mode: host where the settings allow it")  # fmt: skip
+        elif word not in {"bridge", "default"}:
+            self.note(f"--network {word}", "a job is on a network of its own; publish with ports:")
+
+    def _capability(self, word: str) -> None:
+        name = raw(word).upper().removeprefix("CAP_")
+        where = f"; write cap_add: [{name}] where the settings allow it" if name in FEATURES["cap_add"] else ""
+        self.note(f"--cap-add {word}", f"a job has no capabilities{where}")
+
+    def _device(self, word: str) -> None:
+        found = re.fullmatch(r"/dev/nvidia([0-9]{1,3})(?::.*)?|nvidia\.com/gpu=(.+)", raw(word))
+        self._devices += [found[1] or found[2]] if found else []
+        self.note(f"--device {word}", "devices are not passed; GPUs come by gpus:")
+
+    def _driver(self, what: str, value: str) -> None:
+        more = [word for word in raw(value).split(",") if word not in {"compute", "utility", ""}]
+        self.note(what, "compute and utility of the driver are there"
+                  + ("; write driver_capabilities: where the settings allow more" if more else ""))  # fmt: skip
 
     def _cpuset(self, word: str) -> None:
         many = 0
@@ -298,7 +331,8 @@ class _Translation:
         if word == "nvidia":
             self.note("--runtime nvidia", "the server chooses the runtime by gpus:")
         else:
-            self.note(f"--runtime {word}", "the server chooses the runtime")
+            where = "; write runtime: runsc where the settings allow it" if word == "runsc" else ""
+            self.note(f"--runtime {word}", f"the server chooses the runtime{where}")
 
     def _choose_gpus(self) -> None:
         """One request from --gpus, the variables and the runtime."""
@@ -308,6 +342,9 @@ class _Translation:
             given = self._visible if self._visible is not None else "all"
             given = given if given in {"all", "none", "void", ""} else f"device={given}"
             what = f"NVIDIA_VISIBLE_DEVICES={self._visible}" if self._visible is not None else "the nvidia runtime"
+        elif given is None and self._devices:
+            given = "all" if "all" in self._devices else f"device={','.join(dict.fromkeys(self._devices))}"
+            what = "--device"
         if given is None or given in {"none", "void", ""}:
             return
         parts = dict(_pairs(given.strip("\"'")))
@@ -325,7 +362,7 @@ class _Translation:
             self.note(what, "a job says how many GPUs it needs: 1 is written, change it")
         for key, value in parts.items():
             if key not in {"device", "count"}:
-                self.note(f"--gpus {key}={value}", "what the driver offers is the server's setting")
+                self._driver(f"--gpus {key}={value}", value)
 
     def _by_device(self, devices: str, what: str) -> None:
         ids = [item.strip() for item in raw(devices).split(",") if item.strip()]
@@ -359,6 +396,9 @@ class _Translation:
             lists["healthcheck"] = {}
         if "disable" in self._health:
             lists["healthcheck"] = {"disable": True}
+        for option, key, other in (("--publish", "ports", "network_mode"), ("--shm-size", "shm_size", "ipc")):
+            if other in self._keys and (lists.pop(key, None) or self._keys.pop(key, None)):
+                self.note(option, f"it means nothing with {other}: none")
         everything = {**self._keys, **{key: item for key, item in lists.items() if item}}
         return {key: everything[key] for key in _ORDER if key in everything}
 

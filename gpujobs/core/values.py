@@ -17,6 +17,8 @@ from decimal import Decimal
 from difflib import get_close_matches
 from typing import NamedTuple, ParamSpec, TypeVar
 
+from gpujobs.core.patterns import between, sizes, whole
+
 T = TypeVar("T")
 P = ParamSpec("P")
 Loc = tuple[str | int, ...]
@@ -153,6 +155,10 @@ class Faults:
 
 TEMPLATE: Json = {"type": "string", "pattern": r"\$(\{|[A-Za-z_])|\{\{"}
 """In an editor a text with a variable or a matrix name may stand for any value: the parser alone sees it."""
+
+
+TEXT: Json = {"type": "string", "pattern": r"\S", "not": {"pattern": r"[\x00-\x1f\x7f-\x9f]"}}
+"""Schema of :func:`text`: not blank, no control characters."""
 
 
 def templated(*schemas: Json, allowed: str = "") -> Json:
@@ -322,7 +328,7 @@ def integer_schema(low: int, high: int) -> Json:
     """Schema of :func:`integer`."""
     return templated(
         {"type": "integer", "minimum": low, "maximum": high},
-        {"type": "string", "pattern": r"^\s*[-+]?(0|[1-9][0-9]{0,29})\s*$"},
+        {"type": "string", "pattern": whole(low, high)},
     )
 
 
@@ -349,12 +355,12 @@ def size(value: object, least: int, example: str = "64g or 512m") -> int:
         example: For the message.
     """
     real = typed(value)
-    match = _SIZE.fullmatch(source(value)) if isinstance(real, str | int) and not isinstance(real, bool) else None
+    match = _SIZE.fullmatch(str(real)) if isinstance(real, str | int) and not isinstance(real, bool) else None
     if match is None:
         raise not_a(value, "a size", f"a number and a unit, such as {example}")
     result = int(Decimal(match[1]) * 1024 ** _POWERS[match[2].lower()])
     if result < least:
-        hint = f"; did you mean {source(value).strip()}g?" if not match[2] and 0 < result < 4096 else ""
+        hint = f"; did you mean {match[1]}g?" if not match[2] and 0 < result < 4096 else ""
         raise wrong(f"{source(value)} is only {result} bytes; write at least {amount(least)}, such as {example}{hint}")
     if result > SIZE_MAX:
         raise wrong(f"{shown(source(value))} is too much; write at most {amount(SIZE_MAX)}")
@@ -373,7 +379,7 @@ def size_schema(least: int, example: str = "64g or 512m") -> Json:
     """Schema of :func:`size`."""
     return templated(
         {"type": "integer", "minimum": least, "maximum": SIZE_MAX},
-        {"type": "string", "pattern": r"^\s*[0-9]{1,20}(\.[0-9]{1,10})?\s*([kKmMgGtTpPeE][iI]?[bB]?|[bB])\s*$"},
+        {"type": "string", "pattern": sizes(least, SIZE_MAX)},
         allowed=f"a number and a unit, such as {example}",
     )
 
@@ -429,9 +435,13 @@ def duration_schema(least: float, most: float = DURATION_MAX) -> Json:
     """Schema of :func:`duration`."""
     part = r"([0-9]{1,12}(\.[0-9]{1,9})?%s\s*)?"
     pattern = r"^\s*(?=[0-9])" + "".join(part % unit for unit in _UNITS) + "$"
+    # One part alone can be too much; what several come to only the parser computes.
+    units = [(name, int(unit)) for name, unit in _UNITS.items() if unit >= 1]
+    too_long = "|".join(rf"0*{between(int(most) // unit + 1, 10**12 - 1)}(\.[0-9]*)?{name}" for name, unit in units)
+    too_short = r"|^[\s0.a-z]*$|^\s*0*[0-9]{1,3}(\.[0-9]*)?ms\s*$|^\s*0*[0-9]{1,6}(\.[0-9]*)?us\s*$" if least else ""
     return templated(
         {"type": "integer", "minimum": math.ceil(least), "maximum": int(most)},
-        {"type": "string", "pattern": pattern},
-        {"type": "string", "pattern": r"^\s*[0-9]{1,12}\s*$"},
+        {"type": "string", "pattern": pattern, "not": {"pattern": rf"(^|[^0-9.])({too_long})\s*([0-9]|$){too_short}"}},
+        {"type": "string", "pattern": rf"^\s*0*{between(math.ceil(least), int(most))}\s*$"},
         allowed="a number and a unit, such as 12h, 90m or 30s",
     )

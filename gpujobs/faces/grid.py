@@ -125,7 +125,7 @@ class Grid:
 
 
 def fold(text: str, width: int | None) -> list[str]:
-    """A text as lines of at most so many columns, broken between words where that is possible."""
+    """A text as lines of at most so many columns, broken between words where that is possible, else after a dash."""
     if width is None or columns(text) <= width:
         return [text]
     lines, line = [], ""
@@ -139,6 +139,7 @@ def fold(text: str, width: int | None) -> list[str]:
         line = word
         while columns(line) > width:
             cut = next(n for n in range(len(line), 0, -1) if columns(line[:n]) <= width or n == 1)
+            cut = line.rfind("-", 0, cut) + 1 or cut
             lines.append(line[:cut])
             line = line[cut:]
     return [*lines, line] if line or not lines else lines

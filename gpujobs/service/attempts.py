@@ -25,6 +25,7 @@ from gpujobs.core.container import (
     Image,
     Mount,
     Order,
+    asked_in_memory,
     checkpoints,
     container_name,
     control_file,
@@ -397,7 +398,7 @@ class Attempt:
             if volume.type == "volume":
                 await self._make_directory(source)
             mounts.append(await self._pin(source, volume.target, volume.read_only, f"{self.name}-{position}"))
-        tmpfs = {v.target: in_memory(owner, v.size) for v in spec.volumes if v.type == "tmpfs"}
+        tmpfs = asked_in_memory(spec, owner)
         taken = {mount.target for mount in mounts} | set(tmpfs)
         mounts += await self._shared(taken)
         if home not in taken:

@@ -127,13 +127,17 @@ def schema() -> Json:
 
 
 def _tidy(value: Json) -> Json:
-    """Without the titles that the generator makes of field names, and definitions that nothing names."""
+    """Without the titles that the generator makes of field names, and definitions that nothing names.
+
+    Patterns end at the text's end for every reader: a ``$`` of Python's also matches before a last line end.
+    """
     holders = {"properties", "$defs", "patternProperties"}
 
     def walk(item: object, *, names_of: bool = False) -> object:
         if isinstance(item, dict):
             return {
-                key: walk(inner, names_of=key in holders and not names_of)
+                key: inner + "(?!\\n)" if key == "pattern" and str(inner).endswith("$") and not names_of
+                else walk(inner, names_of=key in holders and not names_of)
                 for key, inner in item.items()
                 if names_of or key not in {"title", "default"}
             }
@@ -223,6 +227,8 @@ class _Reading:
                 for name in axes:
                     if name not in seen and not broken:
                         loc: Loc = ("matrix", name)
+                        if loc not in self._tree.keys:
+                            loc = ("matrix", "include", 0, name)
                         self._faults(
                             [
                                 Fault(

@@ -196,6 +196,7 @@ def test_a_strangers_process_keeps_its_gpu_and_a_job_that_needs_it_waits_until_i
     identity = [f"--reuid={bob.uid}", f"--regid={bob.gid}", "--clear-groups"]
     stranger = subprocess.Popen(["setpriv", *identity, "sleep", "60"])
     try:
+        wait_for(lambda: Path("/proc", str(stranger.pid)).stat().st_uid == bob.uid, "it is bob's")
         machine.gpus[3].processes = [nvml.Process(stranger.pid, memory=1 << 30)]
         machine.write(nvml_state)
         seen = wait_for(

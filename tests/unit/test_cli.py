@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -533,6 +534,28 @@ def test_no_command_is_help(gpujobs):
         assert f"\n  {command} ".encode() in out
 
 
+# --- plans
+
+
+def test_a_plan_on_a_simulated_machine_tells_each_gpu_by_index_and_uuid(gpujobs, tmp_path):
+    (tmp_path / "job.yaml").write_text("name: t\nimage: a\ngpus: {mig: 1g.5gb}\n")
+    machine = ROOT / "configs/simulated/mig-a100.yaml"
+    code, raw, err = gpujobs("plan", str(tmp_path / "job.yaml"), "--simulate", str(machine))
+    out = raw.decode()
+    assert (code, "SIMULATED" in err) == (0, True)
+    assert out.startswith("It could start now, on 1 GPU.\n")
+    assert re.search(r"^→ +0  MIG-00000000-0000-0000-0000-000000000002  free", out, re.MULTILINE)
+    assert re.search(r"^ +1  MIG-00000000-0000-0000-0001-000000000000  a MIG device", out, re.MULTILINE)
+
+
+def test_indices_are_answered_with_the_simulated_machines_uuids(gpujobs, tmp_path):
+    (tmp_path / "job.yaml").write_text("name: t\nimage: a\ngpus: 1,0\n")
+    machine = ROOT / "configs/simulated/two-rtx4090.yaml"
+    code, _, err = gpujobs("plan", str(tmp_path / "job.yaml"), "--simulate", str(machine))
+    both = "GPU-00000000-0000-0000-0000-000000000001, GPU-00000000-0000-0000-0000-000000000000"
+    assert (code, f"write {{uuid: [{both}]}}" in err) == (2, True)
+
+
 # --- completion
 
 
@@ -541,6 +564,35 @@ def test_completion_prints_a_script_for_each_shell(gpujobs, shell):
     code, out, _ = gpujobs("completion", shell)
     assert code == 0
     assert b"_GPUJOBS_COMPLETE" in out
+
+
+ZSH = """
+zmodload zsh/zpty
+zpty z "zsh -f -i"
+zpty -w z "PS1=; fpath=($1 \\$fpath); autoload -U compinit; compinit -u -D; echo re''ady"
+zpty -r -m z line '*ready*'
+zpty -wn z $'gpujobs completi\\t'
+zpty -r -m z line '*gpujobs completi*on*'
+"""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_zsh_completes_at_the_first_tab_from_a_directory_of_functions(gpujobs, tmp_path):
+    (tmp_path / "_gpujobs").write_bytes(gpujobs("completion", "zsh")[1])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["zsh", "-f", "-c", ZSH, "zsh", str(tmp_path)], env=dict(os.environ) | {"PATH": path},
+                          capture_output=True, timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 0, done
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
+def test_fish_completes_commands_and_leaves_files_to_itself(gpujobs, tmp_path):
+    (tmp_path / "c.fish").write_bytes(gpujobs("completion", "fish")[1])
+    ask = f'source {tmp_path}/c.fish; complete -C "gpujobs completi"; complete -C "gpujobs check README"'
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["fish", "-N", "-c", ask], env=dict(os.environ) | {"PATH": path, "HOME": str(tmp_path)},
+                          cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["completion", "README.md"], done
 
 
 def completed(words: str, environ: dict[str, str]) -> list[str]:

@@ -99,6 +99,13 @@ def test_what_can_be_kept_is_kept() -> None:
     assert (spec.healthcheck.test, spec.healthcheck.interval) == (("curl -f localhost",), 10)
 
 
+HOST = (
+    "--network host: a job is on a network of its own; publish with ports:, or write network_mode: host where the "
+    "settings allow it"
+)
+MORE_OF_THE_DRIVER = (
+    "compute and utility of the driver are there; write driver_capabilities: where the settings allow more"
+)
 NOT_THERE = "nothing can be mounted at '/dev/shm'; write another path, such as /data"
 
 
@@ -106,8 +113,14 @@ NOT_THERE = "nothing can be mounted at '/dev/shm'; write another path, such as /
     ("docker run --rm a", "--rm: the server removes ended containers by itself"),
     ("docker run -d a", "--detach: `gpujobs submit` returns at once, `gpujobs run` follows the job"),
     ("docker run -u 1000:1000 a", "--user 1000:1000: a job runs as the one who submits it, with their groups"),
-    ("docker run --net=host a", "--network host: a job is on a network of its own; publish with ports:"),
-    ("docker run --network host a", "--network host: a job is on a network of its own; publish with ports:"),
+    ("docker run --net=host a", HOST),
+    ("docker run --network host a", HOST),
+    ("docker run --network mine a", "--network mine: a job is on a network of its own; publish with ports:"),
+    ("docker run --runtime=runsc a",
+     "--runtime runsc: the server chooses the runtime; write runtime: runsc where the settings allow it"),
+    ("docker run --cap-add CAP_SYS_PTRACE a",
+     "--cap-add CAP_SYS_PTRACE: a job has no capabilities; write cap_add: [SYS_PTRACE] where the settings allow it"),
+    ("docker run --network none -p 80 a", "--publish: it means nothing with network_mode: none"),
     ("docker run --runtime=nvidia a", "--runtime nvidia: the server chooses the runtime by gpus:"),
     ("docker run --privileged a", "--privileged: no job is privileged; GPUs come by gpus:"),
     ("docker run --cap-add SYS_ADMIN a", "--cap-add SYS_ADMIN: a job has no capabilities"),
@@ -126,11 +139,13 @@ NOT_THERE = "nothing can be mounted at '/dev/shm'; write another path, such as /
     ("docker run -v .:/w:z,ro a", "-v .:/w:z,ro: mode z is left out: it has no meaning here or cannot be chosen"),
     ("docker run -v a:/w -v b:/w a", "-v b:/w: '/w' is mounted twice (also by volumes[0]); keep one"),
     ("docker run -e NVIDIA_DRIVER_CAPABILITIES=all a",
-     "-e NVIDIA_DRIVER_CAPABILITIES=all: 'NVIDIA_DRIVER_CAPABILITIES' is set by gpujobs: ask with gpus:"),
+     f"-e NVIDIA_DRIVER_CAPABILITIES=all: {MORE_OF_THE_DRIVER}"),
     ("docker run --cpuset-cpus 0-7 a",
      "--cpuset-cpus 0-7: the server chooses the CPUs, near the GPUs; cpus: says how many"),
     ("docker run -m 64 a",
      "--memory 64: 64 is only 64 bytes; write at least 6 MiB, such as 64g or 512m; did you mean 64g?"),
+    ("docker run -v ${PWD%/*}:/w a", "${PWD%/*}: it is not run here; write its result"),
+    ("sudo -u ann docker run a", "sudo: a job runs as the one who submits it"),
     ("sudo -E docker run a", "sudo: a job runs as the one who submits it"),
     ("docker -H tcp://x run a", "-H: the job goes to the gpujobs server; see GPUJOBS_HOST"),
     ("docker run a | tee log", "| tee log: only one command is translated, without redirections"),
@@ -156,7 +171,12 @@ BY_INDEX = (
     ("nvidia-docker run a", 1, "the nvidia runtime: a job says how many GPUs it needs: 1 is written, change it"),
     ("docker run --gpus=4 a", 4, None),
     ("docker run --gpus count=3,capabilities=utility a", 3,
-     "--gpus capabilities=utility: what the driver offers is the server's setting"),
+     "--gpus capabilities=utility: compute and utility of the driver are there"),
+    ("docker run --device /dev/nvidia0 --device=/dev/nvidia2:/dev/nvidia0 --device /dev/nvidiactl a", 2,
+     "--device" + BY_INDEX.format(2)),
+    ("podman run --device nvidia.com/gpu=all a", 1,
+     "--device: a job says how many GPUs it needs: 1 is written, change it"),
+    ("podman run --device nvidia.com/gpu=1 a", 1, "--device" + BY_INDEX.format(1)),
     ("""docker run --gpus '"device=0,2"' a""", 2, '--gpus "device=0,2"' + BY_INDEX.format(2)),
     ("docker run --gpus device=1 a", 1, "--gpus device=1" + BY_INDEX.format(1)),
     ("docker run --runtime nvidia -e NVIDIA_VISIBLE_DEVICES=0,1,2 a", 3,
@@ -276,3 +296,15 @@ def test_the_writer_quotes_so_that_a_text_comes_back(text: str) -> None:
     assert value == {"key": text, "list": [text, {"inner": text}]}
     assert isinstance(value, dict)
     assert not isinstance(value["key"], Plain) or value["key"].value == text
+
+
+def test_modes_that_a_job_file_has_are_kept() -> None:
+    spec, notes, _ = translated("docker run --network none --ipc=none --shm-size 1g a")
+    assert (spec.network_mode, spec.ipc, spec.shm_size) == ("none", "none", None)
+    assert notes == ("--shm-size: it means nothing with ipc: none",)
+
+
+@pytest.mark.parametrize("here", ["$PWD", "${PWD}", "$(pwd)", "`pwd`", "$(pwd -P)", "$(realpath .)"])
+def test_the_directory_of_the_line_is_the_files(here: str) -> None:
+    spec, _, _ = translated(f"""docker run -v "{here}/x":/w --mount '"type=bind,src=./y,dst=/v"' a""")
+    assert [volume.source for volume in spec.volumes] == [f"{CONTEXT.directory}/x", f"{CONTEXT.directory}/y"]

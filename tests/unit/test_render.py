@@ -286,6 +286,12 @@ def test_gpus_fits_the_terminal(width):
     assert "░" in joined
 
 
+def test_a_models_name_is_broken_at_its_dashes():
+    assert fold("A100-SXM4-80GB", 13) == ["A100-SXM4-", "80GB"]
+    assert fold("H100 PCIe-a-very-long-word", 9) == ["H100", "PCIe-a-", "very-", "long-word"]
+    assert fold("x" * 12, 5) == ["xxxxx", "xxxxx", "xx"]
+
+
 def test_simulated_gpus_say_so_twice():
     machine = MACHINE | {"simulated": True, "gpus": [gpu(0, health="simulated")]}
     assert gpuview.header(machine).startswith("SIMULATED  1 GPU, 1 free")

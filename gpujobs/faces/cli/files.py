@@ -67,8 +67,12 @@ def check(
     return code
 
 
-def elements_in(name: str) -> list[Element]:
+def elements_in(name: str, uuids: tuple[str, ...] = ()) -> list[Element]:
     """The jobs that a file describes.
+
+    Args:
+        name: The file; ``-`` is the standard input.
+        uuids: The machine's GPUs by their index, where it is known.
 
     Raises:
         InvalidInput: With every mistake.
@@ -86,6 +90,7 @@ def elements_in(name: str) -> list[Element]:
         working_directory=str(Path.cwd()),
         env_files=jobfiles.env_files_of(text, directory, os.environ),
         secrets={key: found.problem for key, found in secrets_of(text, context).items()},
+        uuids=uuids,
     )
     return specfile.parse(data, context)
 

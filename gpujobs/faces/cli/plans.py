@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gpujobs.core.errors import OK, Refused
+from gpujobs.core.shellwords import folded
 from gpujobs.faces.cli.common import client, emit, emit_grid, emit_json, tell, terminal_width
 from gpujobs.faces.cli.ids import all_ids
 from gpujobs.faces.cli.pulls import send_contexts
@@ -56,7 +58,7 @@ def plan(
             raise Refused(
                 f"it would wait now: {clean(answer['message'])}", hint="`gpujobs plan` without --as says why."
             )
-        emit(clean(text) + "\n" if words is Words.DOCKER else text)
+        emit(_pasted(text) + "\n" if words is Words.DOCKER else text)
     else:
         _print(answer)
     return OK
@@ -73,7 +75,8 @@ def _simulated(file: str, machine_file: Path) -> dict[str, Any]:
     machine = simulated.load(machine_file)
     host = Host(cpus=float(machine.cpus), memory=machine.memory_bytes)
     view = View(queue=QueueState(), inventory=machine.inventory, host=host, policy=Policy())
-    specs = [element.spec for element in elements_in(file)]
+    uuids = tuple(gpu.uuid for gpu in machine.inventory.gpus)
+    specs = [element.spec for element in elements_in(file, uuids)]
     rows = [
         as_row(plan(spec, this_account(), Image(id="", reference=spec.image or "(built)"), view))
         for spec in specs[:100]
@@ -86,28 +89,33 @@ def _print(answer: dict[str, Any]) -> None:
         tell("SIMULATED: these GPUs are those of a file")
     if answer["jobs"] > 1:
         tell(f"the first of {answer['jobs']} jobs; --json has all of them")
-    grid = Grid((Column(""), Column("GPU"), Column("WHY", fold=True)))
+    grid = Grid((Column(""), Column("GPU", right=True), Column("UUID"), Column("WHY", fold=True)))
     for reason in answer["reasons"]:
         mark = Cell("→", "green") if reason["chosen"] else Cell("")
-        grid.add(mark, Cell(clean(reason["uuid"])), Cell(clean(reason["reason"])))
+        grid.add(mark, Cell(clean(reason.get("index", ""))), Cell(clean(reason["uuid"])), Cell(clean(reason["reason"])))
     if answer["message"]:
         verb = "Note" if answer["starts"] else "It would wait now"
         emit(f"{verb}: {clean(answer['message'])}\n")
     elif answer["starts"]:
-        emit(f"It could start now, {f'on {len(gpus)} GPUs' if (gpus := answer['gpus']) else 'without GPUs'}.\n")
+        emit(f"It could start now, {f'on {_counted(gpus)}' if (gpus := answer['gpus']) else 'without GPUs'}.\n")
     if answer["reasons"]:
         emit_grid(grid)
     for mount in answer["mounts"]:
         end = " (read-only)\n" if mount["read_only"] else "\n"
         emit(f"Mount: {clean(mount['source'])} at {clean(mount['target'])}{end}")
     if answer["docker_run"]:
-        width = terminal_width() or 0
-        emit(f"The same with docker:\n  {_folded(clean(answer['docker_run']), width)}\n")
+        line = _pasted(answer["docker_run"])
+        # Over several lines for people; as it is where nobody looks.
+        emit(f"The same with docker:\n  {folded(line) if terminal_width() else line}\n")
 
 
-def _folded(line: str, width: int) -> str:
-    """A command line over several lines, each option on its own; as it is where nobody looks."""
-    return line.replace(" --", " \\\n    --") if width else line
+def _pasted(line: str) -> str:
+    """A shell's line without what a terminal would act on; line ends and tabs within quotes belong to it."""
+    return "".join(part if part in "\n\t" else clean(part) for part in re.split("([\n\t])", line))
+
+
+def _counted(gpus: list[str]) -> str:
+    return f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}"
 
 
 def rerun(

@@ -73,5 +73,18 @@ def completion(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> 
     """Print the script that lets a shell complete commands, options and the ids of jobs."""
     from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
-    emit(get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, shell=shell.value) + "\n")
+    script = get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, shell=shell.value)
+    if shell is Shell.ZSH:
+        # From fpath the file runs at the first Tab, as the function that has to answer it.
+        bound = f"compdef _{PROGRAM}_completion {PROGRAM}"
+        script = script.replace(bound, _ZSH_BOUND.format(program=PROGRAM, bound=bound))
+    emit(script + "\n")
     return OK
+
+
+_ZSH_BOUND = """\
+if [ "$funcstack[1]" = "_{program}" ]; then
+  _{program}_completion "$@"
+else
+  {bound}
+fi"""
