@@ -15,7 +15,8 @@ import pytest
 
 from gpujobs.adapters.runner import DockerRunner
 from tests.attacks.tools import Evil, output, shell, submitted, undefended
-from tests.e2e.harness import HOSTILE, Place, Row, Server, inspect, run
+from tests.e2e.harness import BUSYBOX, HOSTILE, Place, Row, Server, inspect, run
+from tests.lab import images
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
 from tests.lab.images import HOSTILE_MARK
@@ -94,16 +95,11 @@ def hooked(place: Place, name: str, root: Path, hook: list[str], environment: li
 
 
 @pytest.fixture(scope="module")
-def unpacked(lab: Engine, ground: Place) -> Path:
+def unpacked(ground: Place) -> Path:
     """The hostile image's files, as a runtime has them under its feet."""
     root = ground.path / "unpacked"
     root.mkdir()
-    made = lab.docker("create", HOSTILE).strip()
-    try:
-        exported = subprocess.run(["docker", "export", made], env=lab.environment(), check=True, capture_output=True)
-        subprocess.run(["tar", "-x", "-C", root], input=exported.stdout, check=True)
-    finally:
-        lab.docker("rm", "--volumes", made)
+    subprocess.run(["tar", "-x", "-C", root, "-f", images.recipes()[HOSTILE].root()], check=True)
     script = root / "evil.sh"
     script.write_text(f'echo "uid $UID shell" >> {HOSTILE_MARK}\n')
     return root
@@ -115,7 +111,11 @@ def entries_of(lab: Engine, row: Row) -> list[str]:
     return [entry for entry in entries if "=" in entry]  # one without takes the image's away
 
 
-GIVEN = {"LD_PRELOAD": "/proc/self/cwd/evil.so", "LD_AUDIT": "/proc/self/cwd/evil.so", "BASH_ENV": START}
+GIVEN = {
+    "LD_PRELOAD": "/proc/self/cwd/evil.so", "LD_AUDIT": "/proc/self/cwd/evil.so", "BASH_ENV": START,
+    "LD_LIBRARY_PATH": "/evil", "GLIBC_TUNABLES": "glibc.malloc.check=3", "GCONV_PATH": "/evil", "ENV": START,
+    "PYTHONPATH": "/evil", "PATH": "/evil:/bin", "CUDA_MPS_PIPE_DIRECTORY": "/evil", "TOKEN": "hunter2",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +129,8 @@ def steered(server: Server, alice: Account) -> Row:
 def test_a_library_of_an_image_does_not_run_as_root_in_a_hook_of_the_runtime(
     place: Place, unpacked: Path, lab: Engine, brought: str, jobs_row: Row
 ) -> None:
-    images = json.loads(lab.docker("image", "inspect", HOSTILE))[0]["Config"]["Env"]
-    assert hooked(place, "plain", unpacked, ["/bin/true"], images).startswith("uid 0 ")
+    brings = json.loads(lab.docker("image", "inspect", HOSTILE))[0]["Config"]["Env"]
+    assert hooked(place, "plain", unpacked, ["/bin/true"], brings).startswith("uid 0 ")
     assert hooked(place, "job", unpacked, ["/bin/true"], entries_of(lab, jobs_row)) == ""
 
 
@@ -140,6 +140,15 @@ def test_a_library_of_a_job_file_does_not_run_as_root_in_a_hook_of_the_runtime(
     plain = [f"LD_PRELOAD={GIVEN['LD_PRELOAD']}"]
     assert hooked(place, "plain", unpacked, ["/bin/true"], plain).startswith("uid 0 ")
     assert hooked(place, "job", unpacked, ["/bin/true"], entries_of(lab, steered)) == ""
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_variable_of_a_job_file_reaches_neither_the_runtime_nor_its_hooks(
+    lab: Engine, plain_environment: dict[str, str], steered: Row, name: str
+) -> None:
+    """`docker run --env` gives the Engine what it is told; hooks, and MPS where it is set up, act on such names."""
+    assert "LD_AUDIT" in plain_environment
+    assert name not in {entry.partition("=")[0] for entry in inspect(lab, steered["container"]["id"])["Config"]["Env"]}
 
 
 @pytest.mark.parametrize("whose", ["jobs_row", "steered"], ids=["of an image", "of a job file"])
@@ -156,6 +165,21 @@ def test_what_hooks_must_not_see_reaches_the_program_all_the_same(
 ) -> None:
     assert output(server, steered) == f"{START} {GIVEN['LD_AUDIT']}\n"
     assert f"BASH_ENV={START}" in output(server, jobs_row).splitlines()
+
+
+def test_what_a_commit_of_the_container_would_keep_has_no_value_of_a_job_file(lab: Engine, steered: Row) -> None:
+    """A committed image has the variables of the container's configuration: whoever gets the image has them."""
+    made = lab.docker("create", "--env", "TOKEN=hunter2", BUSYBOX, "true").strip()
+    try:
+        kept = json.loads(lab.docker("image", "inspect", (image := lab.docker("commit", made).strip())))
+        lab.docker("image", "rm", image)
+        assert kept[0]["Config"]["Env"] == inspect(lab, made)["Config"]["Env"]
+        assert "TOKEN=hunter2" in kept[0]["Config"]["Env"]
+    finally:
+        lab.docker("rm", made)
+    config = json.dumps(inspect(lab, steered["container"]["id"]))
+    assert "hunter2" not in config
+    assert not [name for name in GIVEN if f'"{name}=' in config]
 
 
 # -- labels, user, health check, volumes -----------------------------------------------------------------------
@@ -228,6 +252,82 @@ def test_a_volume_of_an_image_goes_with_its_container(
     (anonymous,) = volumes_of(lab, row["container"]["id"])
     asyncio.run(remove(lab, row["container"]["id"], ground))
     assert not there(lab, anonymous)
+
+
+# -- whose an image is ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bobs_image(lab: Engine, evil: Callable[..., str], bob: Account) -> dict[str, str]:
+    """An image that bob built, as builds label it, by each word that the Engine takes for it."""
+    name = evil("bobs", Evil(changes=(f"LABEL gpujobs.owner={bob.uid}",), files={"secret": "bob's letter\n"}))
+    full = lab.docker("image", "inspect", "--format", "{{.Id}}", name).strip()
+    digits = full.removeprefix("sha256:")
+    return {"its name": name, "its id": full, "its id's digits": digits, "its id's first digits": digits[:12]}
+
+
+@pytest.fixture(scope="module")
+def read_by_docker(lab: Engine, bobs_image: dict[str, str]) -> bytes:
+    """What is in it, for whoever asks plain Docker by the first digits of its id."""
+    return undefended(lab, image=bobs_image["its id's first digits"], command=("cat", "/secret")).out
+
+
+BY = ("its name", "its id", "its id's digits", "its id's first digits")
+
+
+@pytest.mark.parametrize("word", BY)
+def test_an_image_that_another_account_built_runs_by_no_word_for_it(
+    lab: Engine, server: Server, alice: Account, bobs_image: dict[str, str], read_by_docker: bytes, word: str
+) -> None:
+    assert read_by_docker == b"bob's letter\n"
+    found = lab.docker("image", "inspect", "--format", "{{.Id}}", bobs_image[word]).strip()
+    assert found == bobs_image["its id"], "the Engine takes it"
+    done = server.run(user=alice, image=bobs_image[word], script="cat /secret", timeout=120)
+    assert (done.code, done.out) in ((1, b""), (2, b"")), done
+    if word in BY[:2]:
+        assert "was built by another account" in done.words
+
+
+DOCKERFILES = {
+    "FROM": "FROM {id}\nCMD cat /secret\n",
+    "FROM a name": "FROM {name}\nCMD cat /secret\n",
+    "FROM an argument": "ARG BASE={id}\nFROM $BASE\nCMD cat /secret\n",
+    "FROM an argument in another": "ARG A={id}\nARG BASE=${{A}}\nFROM ${{BASE:-scratch}}\nCMD cat /secret\n",
+    "COPY --from": "FROM gpujobs-lab/busybox:1\nCOPY --from={id} /secret /stolen\n",
+    "COPY --from first digits": "FROM gpujobs-lab/busybox:1\nCOPY --from={digits} /secret /stolen\n",
+    "ONBUILD of a base": "FROM gpujobs-attack/trap:1\n",
+}
+
+
+@pytest.fixture(scope="module")
+def built_by_docker(
+    lab: Engine, evil: Callable[..., str], bobs_image: dict[str, str], ground: Place
+) -> tuple[dict[str, str], list[str]]:
+    """These Dockerfiles, and which of them plain Docker builds."""
+    words = {"id": bobs_image["its id"], "name": bobs_image["its name"], "digits": bobs_image["its id's first digits"]}
+    evil("trap", Evil(changes=(f"ONBUILD COPY --from={words['name']} /secret /stolen",)))
+    files = {way: text.format(**words) for way, text in DOCKERFILES.items()}
+    context, built = ground.path / "context", []
+    context.mkdir()
+    for way, text in files.items():
+        (context / "Dockerfile").write_text(text)
+        lab.docker("image", "rm", lab.docker("build", "--quiet", "--rm", str(context)).strip())
+        built.append(way)
+    return files, built
+
+
+@pytest.mark.parametrize("way", DOCKERFILES)
+def test_a_build_takes_nothing_of_an_image_that_another_account_built(
+    server: Server, alice: Account, volume: Path, built_by_docker: tuple[dict[str, str], list[str]], way: str
+) -> None:
+    files, built = built_by_docker
+    assert way in built
+    (volume / "Dockerfile").write_text(files[way])
+    file = volume / "job.yaml"
+    file.write_text("name: t\nbuild: .\ncommand: [cat, /secret, /stolen]\nmem_limit: 64m\n")
+    done = server.cli("run", str(file), user=alice, timeout=120)
+    assert (done.code, done.out) == (1, b""), done
+    row = server.jobs()[-1]
+    assert (row["state"], row["reason"], row["started_at"]) == ("failed", "image", None), row
 
 
 # -- groups ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -129,6 +131,52 @@ def test_what_is_the_kernels_or_the_servers_is_no_volume(
 ) -> None:
     assert source in seen_by_docker
     refused(server, alice, ours[source], OURS[source][1], "belongs to the server itself")
+
+
+KINDS = {
+    "a pipe": ("pipe", lambda path: os.mkfifo(path, 0o666), "a pipe cannot be mounted"),
+    "a device": ("node", lambda path: os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(195, 7)), "a device cannot be"),
+    "a socket": ("sock", lambda path: os.mknod(path, stat.S_IFSOCK | 0o666), "a socket cannot be mounted"),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(ground: Place, alice: Account) -> dict[str, Path]:
+    """Files of alice's that are none, and one that is not there."""
+    directory = ground.volume(alice, "kinds")
+    for name, make, _ in KINDS.values():
+        make(directory / name)
+        os.chown(directory / name, alice.uid, alice.gid)
+    return {**{what: directory / name for what, (name, _, _) in KINDS.items()}, "nothing": directory / "nothing"}
+
+
+@pytest.fixture(scope="module")
+def taken_by_docker(lab: Engine, kinds: dict[str, Path]) -> list[str]:
+    """The kinds of file that a container sees to which plain Docker gives them, and who owns what was not there."""
+    shown = [part for number, path in enumerate(kinds.values()) for part in ("--volume", f"{path}:/v{number}")]
+    done = undefended(lab, *shown, command=("ls", "-ldn", *(f"/v{number}" for number in range(len(kinds)))))
+    assert done.code == 0, done
+    made = kinds["nothing"]
+    owner = made.stat().st_uid
+    made.rmdir()
+    return [*(line[0] for line in done.out.decode().splitlines()), str(owner)]
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_a_file_that_is_none_is_no_volume_also_where_it_is_ones_own(
+    server: Server, alice: Account, kinds: dict[str, Path], taken_by_docker: list[str], what: str
+) -> None:
+    """A pipe holds up whoever opens it, a device opens what its numbers say, a socket is somebody's service."""
+    assert taken_by_docker[:3] == ["p", "c", "s"]
+    refused(server, alice, kinds[what], KINDS[what][2])
+
+
+def test_a_source_that_is_not_there_is_not_made_as_root(
+    server: Server, alice: Account, kinds: dict[str, Path], taken_by_docker: list[str]
+) -> None:
+    assert taken_by_docker[3:] == ["d", "0"]
+    refused(server, alice, kinds["nothing"], "no such directory")
+    assert not kinds["nothing"].exists()
 
 
 def test_a_volume_within_a_volume_makes_nothing_in_a_directory_of_roots(

@@ -9,9 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.attacks.tools import output, shell, submitted, undefended
-from tests.e2e.harness import BUSYBOX, Server, inspect
+from tests.e2e.harness import BUSYBOX, Row, Server, inspect, run
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
+
+LOW = 1023
+"""A port that only root may take."""
+
+BIND = f"import socket; socket.socket().bind(('127.0.0.1', {LOW}))"
 
 LISTEN = "while true; do echo from a stranger | nc -l -p 5000; done"
 ASK = "nc -w 2 {address} 5000 < /dev/null"
@@ -90,15 +95,39 @@ def published(server: Server, user: Account, port: object) -> Iterator[str]:
         server.ended(job)
 
 
-def test_a_port_is_on_loopback_unless_it_is_said_otherwise(
-    lab: Engine, server: Server, alice: Account
-) -> None:
-    made = lab.docker("run", "--detach", "--publish", "5000", BUSYBOX, "sleep", "60").strip()
+@pytest.fixture(scope="module")
+def published_by_docker(lab: Engine) -> dict[str, list[Row]]:
+    """Where Docker publishes ports for whoever asks."""
+    ports = ("--publish", "5000", "--publish", f"127.0.0.1:{LOW}:5001")
+    made = lab.docker("run", "--detach", *ports, BUSYBOX, "sleep", "60").strip()
     try:
-        bindings = inspect(lab, made)["NetworkSettings"]["Ports"]["5000/tcp"]
-        assert "0.0.0.0" in {binding["HostIp"] for binding in bindings}
+        return dict(inspect(lab, made)["NetworkSettings"]["Ports"])
     finally:
         lab.docker("rm", "--force", made)
+
+
+def test_a_port_is_on_loopback_unless_it_is_allowed_otherwise(
+    lab: Engine, server: Server, alice: Account, published_by_docker: dict[str, list[Row]]
+) -> None:
+    assert "0.0.0.0" in {binding["HostIp"] for binding in published_by_docker["5000/tcp"]}
     with published(server, alice, "5000") as container:
         bindings = inspect(lab, container)["NetworkSettings"]["Ports"]["5000/tcp"]
         assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("port", "words"),
+    [("0.0.0.0:5000:5000", "ports beyond 127.0.0.1"), ("[::]:5000:5000", "ports beyond 127.0.0.1"),
+     (f"{LOW}:5000", "the machine's own below 1024"), (f"127.0.0.1:{LOW - 1}-{LOW + 1}:5000-5002", "below 1024")],
+)  # fmt: skip
+def test_a_port_that_a_shell_could_not_take_or_that_others_reach_is_not_published(
+    server: Server, alice: Account, published_by_docker: dict[str, list[Row]], port: str, words: str
+) -> None:
+    """Docker publishes as root: what listens there would pass for a service of the machine's."""
+    assert published_by_docker["5001/tcp"] == [{"HostIp": "127.0.0.1", "HostPort": str(LOW)}]
+    shells = run(["/usr/bin/python3", "-c", BIND], {}, user=alice)
+    assert "PermissionError" in shells.words
+    done = server.run(user=alice, script="true", ports=[port])
+    assert (done.code, done.out) == (3, b""), done
+    assert words in done.words
+    assert "The administrator decides" in done.words

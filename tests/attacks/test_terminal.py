@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
+import re
 import sqlite3
 import subprocess
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.attacks.tools import output, submitted
-from tests.e2e.harness import GPUJOBS, Place, Row, Server, inspect, spec
+from tests.e2e.harness import BUSYBOX, GPUJOBS, Place, Row, Server, inspect, spec, wait_for
+from tests.lab import nvml
 from tests.lab.accounts import Account, command_as
 from tests.lab.engine import Engine
 
@@ -86,6 +90,70 @@ def test_nothing_in_a_table_acts_on_a_terminal(
     assert not [char for char in ACTIVE if char in told]
     if command[0] == "show":
         assert r"\x1b]0;owned\x07" in told
+
+
+@pytest.fixture
+def strangers(server: Server, nvml_state: Path, bob: Account, lab: Engine) -> Iterator[None]:
+    """A process of bob's and a container by hand that hold GPUs, both of hostile names."""
+    sleeper = subprocess.Popen(command_as(bob, ["sh", "-c", f"exec -a '{OSC}{BIDI}' sleep 60"]))
+    machine = nvml.dgx_a100().fit_host()
+    uuid = machine.gpus[1].uuid
+    machine.gpus[0].processes = [nvml.Process(sleeper.pid, memory=1 << 30, name=f"/usr/bin/{OSC}{CLEAR}")]
+    machine.write(nvml_state)
+    made = lab.docker("create", "--runtime", "nvidia", "--env", f"NVIDIA_VISIBLE_DEVICES={uuid}", "--label",
+                      "gpujobs.server=other", "--label", f"gpujobs.job={OSC}{C1}", BUSYBOX, "true").strip()  # fmt: skip
+    yield
+    lab.docker("rm", made)
+    sleeper.kill()
+    sleeper.wait()
+    machine.gpus[0].processes = []
+    machine.write(nvml_state)
+    wait_for(lambda: not any(gpu["avoided"] or gpu["processes"] for gpu in server.get("/gpus")["gpus"]), "all is free")
+
+
+def test_who_holds_a_gpu_is_told_without_obeying_their_names(
+    server: Server, alice: Account, strangers: None
+) -> None:
+    job = server.submit(user=alice, gpus=8, script="true")
+    try:
+        seen = wait_for(
+            lambda: found if (found := server.get("/gpus")["gpus"])[0]["processes"] and found[1]["avoided"] else None,
+            "both are seen",
+        )
+        assert OSC in str(seen[0]["processes"][0]["name"]) + seen[1]["avoided"], "the API gives it as it is"
+        wait_for(lambda: server.job(job)["message"], "the wait is explained")
+        for command in (["gpus"], ["ps"], ["show", job]):
+            done = server.cli(*command, user=alice)
+            assert done.code == 0, done
+            assert not [char for char in ACTIVE if char in done.out.decode() + done.words], command
+    finally:
+        assert server.cli("cancel", job, user=alice).code == 0
+
+
+def test_an_end_is_told_without_obeying_what_the_program_was_called(server: Server, alice: Account) -> None:
+    row = submitted(server, alice, command=[f"/no/{OSC}{BIDI}{CLEAR}"], working_dir=f"/tmp/{C1}")
+    assert row["state"] == "failed", row
+    for command in (["ps", "--all"], ["show", str(row["id"])], ["wait", str(row["id"])]):
+        told = server.cli(*command)
+        assert not [char for char in ACTIVE if char in told.out.decode() + told.words], command
+    assert not [char for char in ACTIVE if char in server.said]
+
+
+@pytest.mark.parametrize("command", [["plan"], ["plan", "--as", "compose"], ["plan", "--as", "docker"], ["check"]])
+def test_a_job_file_of_somebody_else_is_looked_at_without_obeying_it(
+    server: Server, bob: Account, volume: Path, command: list[str]
+) -> None:
+    """A file that was sent by somebody is looked at before it is run."""
+    file = volume / "job.yaml"
+    file.write_bytes(spec(command=["echo", OSC, CLEAR, BIDI, C1, HIDDEN], labels={"a": OSC}, environment={"A": BIDI},
+                          working_dir=f"/{OSC}"))  # fmt: skip
+    assert OSC in json.loads(file.read_text())["command"]
+    volume.chmod(0o755)
+    told = on_a_terminal(server, bob, *command, str(file)).decode().replace("\r\n", "\n")
+    assert not [char for char in ACTIVE if char in COLOUR.sub("", told)]
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def on_a_terminal(server: Server, user: Account | None, *args: str) -> bytes:
