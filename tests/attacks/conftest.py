@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.tools import PROBE, Evil, import_image
+from tests.attacks.tools import PROBE, Evil, import_image, raw, request, submission
 from tests.e2e.conftest import alice, bob, environment, lab, nvml_state, people, place, serving
-from tests.e2e.harness import Place, Server
+from tests.e2e.harness import Place, Row, Server
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine, LabError
 
@@ -89,6 +89,17 @@ def roots(place: Place) -> Path:
     secret.write_text("root's secret\n")
     secret.chmod(0o600)
     return directory
+
+
+@pytest.fixture
+def waiting(server: Server, alice: Account) -> Iterator[Row]:
+    """A job of alice's that does not begin for as long as the test: its build context does not come."""
+    job = {"build": {"context": "/nowhere"}, "command": ["true"]}
+    answer = raw(server, alice, request("POST", "/v1/jobs", submission(job)))
+    assert answer.status == 201, answer
+    number = str(answer.body["jobs"][0]["id"])
+    yield server.job(number)
+    server.cli("cancel", number)
 
 
 @pytest.fixture(scope="package")

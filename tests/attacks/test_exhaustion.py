@@ -18,7 +18,7 @@ import yaml
 from gpujobs.adapters.logfile import LogWriter
 from gpujobs.core.container import PIDS_LIMIT
 from gpujobs.logwire import STDOUT, LogRecord
-from tests.attacks.tools import output, raw, request, shell, submission, submitted, undefended
+from tests.attacks.tools import output, raw, request, shell, submitted, undefended
 from tests.e2e.harness import BUSYBOX, Row, Server, cgroup_of, inspect, wait_for
 from tests.lab.accounts import Account, command_as
 from tests.lab.engine import Engine, LabError
@@ -212,15 +212,6 @@ WATCH = request("GET", "/v1/jobs/{job}/watch").replace(b"Connection: close\r\n",
 
 
 @pytest.fixture
-def waiting(server: Server, alice: Account) -> Iterator[str]:
-    """A job of alice's that waits for its build context for as long as the test."""
-    answer = raw(server, alice, request("POST", "/v1/jobs", submission({"build": {"context": "/x"}})))
-    job = str(answer.body["jobs"][0]["id"])
-    yield job
-    assert server.cli("cancel", job, user=alice).code == 0
-
-
-@pytest.fixture
 def few_streams(server: Server) -> Iterator[None]:
     """The server allows an account ten streams."""
     server.reload("streams: 10")
@@ -229,16 +220,16 @@ def few_streams(server: Server) -> Iterator[None]:
 
 
 def test_followers_without_end_are_told_the_limit_and_take_no_others_place(
-    server: Server, alice: Account, bob: Account, waiting: str, few_streams: None
+    server: Server, alice: Account, bob: Account, waiting: Row, few_streams: None
 ) -> None:
-    watch = WATCH.replace(b"{job}", waiting.encode())
+    watch = WATCH.replace(b"{job}", str(waiting["id"]).encode())
     with held(server, bob, 20, watch):  # the half of them follow
         answer = wait_for(lambda: found if (found := raw(server, bob, watch)).status == 403 else None, "it is refused")
         assert answer.body["exit"] == 3
         assert "10" in answer.body["message"]
-        assert raw(server, alice, request("GET", f"/v1/jobs/{waiting}/logs")).status == 200
+        assert raw(server, alice, request("GET", f"/v1/jobs/{waiting['id']}/logs")).status == 200
         server.reload("streams: 100")
-        assert raw(server, bob, request("GET", f"/v1/jobs/{waiting}/watch")).status == 200, "where nothing is limited"
+        assert raw(server, bob, watch).status == 200, "where there is no such limit"
 
 
 HALF = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{"

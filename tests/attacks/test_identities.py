@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import grp
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -39,17 +38,6 @@ def test_a_number_without_an_account_is_nobody_though_the_socket_lets_it_in(
 
 
 AS_ROOT = ("unshare", "--user", "--map-root-user")
-
-
-@pytest.fixture
-def waiting(server: Server, alice: Account) -> Iterator[Row]:
-    """A job of alice's that has not begun: its build context does not come."""
-    text = {"name": "t", "build": {"context": "/nowhere"}, "command": ["true"]}
-    answer = raw(server, alice, request("POST", "/v1/jobs", submission(text)))
-    assert answer.status == 201, answer
-    job = str(answer.body["jobs"][0]["id"])
-    yield server.job(job)
-    server.cli("cancel", job)
 
 
 def test_root_of_a_user_namespace_is_the_account_that_made_it(server: Server, bob: Account, waiting: Row) -> None:

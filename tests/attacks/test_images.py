@@ -9,13 +9,15 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from gpujobs.adapters.runner import DockerRunner
 from tests.attacks.tools import Evil, output, shell, submitted, undefended
-from tests.e2e.harness import BUSYBOX, HOSTILE, Place, Row, Server, inspect, run
+from tests.e2e.harness import BUSYBOX, HOSTILE, Place, Row, Server, inspect, run, wait_for
 from tests.lab import images
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
@@ -204,23 +206,23 @@ def test_the_user_of_an_image_is_not_the_jobs(
     assert "USER=gjlab1" in output(server, jobs_row).splitlines()
 
 
-def test_a_health_check_of_an_image_does_not_keep_the_engine_busy(
-    lab: Engine, server: Server, alice: Account, volume: Path
-) -> None:
-    began = time.time()
-    done = undefended(lab, "--label", "attack=check", image=HOSTILE, command=("sleep", "3"))
-    assert done.code == 0, done
-    until = time.time()
+@pytest.fixture(scope="module")
+def shadowy(ground: Place) -> Path:
+    """A file that group 42 may read, as /etc/shadow is."""
+    directory = ground.path / "shadowy"
+    directory.mkdir(mode=0o755)
+    file = directory / "file"
+    file.write_text("for group 42\n")
+    os.chown(file, 0, 42)
+    file.chmod(0o640)
+    return directory
 
-    def checks(label: str) -> int:
-        shown = lab.docker("events", "--since", f"{began:.3f}", "--until", f"{max(until, time.time()):.3f}",
-                           "--filter", "event=exec_start", "--filter", f"label={label}")  # fmt: skip
-        return len(shown.splitlines())
 
-    assert checks("attack=check") > 2
-    row = submitted(server, alice, image=HOSTILE, script="sleep 1")
-    assert checks(f"gpujobs.job={row['id']}") == 0
-    HOSTILE_MARK.unlink(missing_ok=True)
+def checks(lab: Engine, label: str, began: float) -> int:
+    """How many health checks of a container's the Engine has run."""
+    shown = lab.docker("events", "--since", f"{began:.3f}", "--until", f"{time.time():.3f}", "--filter",
+                       "event=exec_start", "--filter", f"label={label}")  # fmt: skip
+    return len(shown.splitlines())
 
 
 def volumes_of(lab: Engine, container: str) -> list[str]:
@@ -229,6 +231,47 @@ def volumes_of(lab: Engine, container: str) -> list[str]:
 
 def there(lab: Engine, volume: str) -> bool:
     return volume in lab.docker("volume", "ls", "--quiet").split()
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What came of the hostile image in a container of plain Docker."""
+
+    read: str
+    group_of_exec: str
+    checks: int
+    left: bool
+
+
+@pytest.fixture(scope="module")
+def plain(lab: Engine, alice: Account, shadowy: Path) -> Plain:
+    """The hostile image by `docker run`, with alice's numbers."""
+    began = time.time()
+    made = lab.docker("run", "--detach", "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{shadowy}:/e", "--label",
+                      "attack=check", HOSTILE, "sh", "-c", "cat /e/file; sleep 60").strip()  # fmt: skip
+    try:
+        read = wait_for(lambda: lab.docker("logs", made), "it has read the file")
+        group = lab.docker("exec", "--user", str(alice.uid), made, "id", "-g")
+        ran = wait_for(lambda: n if (n := checks(lab, "attack=check", began)) > 2 else 0, "the checks run")
+        (volume,) = volumes_of(lab, made)
+    finally:
+        lab.docker("rm", "--force", made)
+    left = there(lab, volume)
+    lab.docker("volume", "rm", volume)
+    HOSTILE_MARK.unlink(missing_ok=True)
+    return Plain(read, group.strip(), ran, left)
+
+
+@pytest.fixture(scope="module")
+def defended(server: Server, alice: Account, shadowy: Path) -> Row:
+    """The same as a job of alice's."""
+    return submitted(server, alice, image=HOSTILE, script="id -G; cat /e/file; sleep 1", volumes=[f"{shadowy}:/e:ro"])
+
+
+def test_a_health_check_of_an_image_does_not_keep_the_engine_busy(lab: Engine, plain: Plain, defended: Row) -> None:
+    assert plain.checks > 2
+    began = datetime.fromisoformat(defended["started_at"]).timestamp()
+    assert checks(lab, f"gpujobs.job={defended['id']}", began - 1) == 0
 
 
 async def remove(lab: Engine, container: str, ground: Place) -> None:
@@ -241,13 +284,9 @@ async def remove(lab: Engine, container: str, ground: Place) -> None:
 
 
 def test_a_volume_of_an_image_goes_with_its_container(
-    lab: Engine, server: Server, alice: Account, ground: Place
+    lab: Engine, plain: Plain, server: Server, alice: Account, ground: Place
 ) -> None:
-    made = lab.docker("create", HOSTILE).strip()
-    (left,) = volumes_of(lab, made)
-    lab.docker("rm", made)
-    assert there(lab, left)
-    lab.docker("volume", "rm", left)
+    assert plain.left
     row = submitted(server, alice, image=HOSTILE, script="true")
     (anonymous,) = volumes_of(lab, row["container"]["id"])
     asyncio.run(remove(lab, row["container"]["id"], ground))
@@ -288,10 +327,10 @@ def test_an_image_that_another_account_built_runs_by_no_word_for_it(
 
 
 DOCKERFILES = {
-    "FROM": "FROM {id}\nCMD cat /secret\n",
-    "FROM a name": "FROM {name}\nCMD cat /secret\n",
-    "FROM an argument": "ARG BASE={id}\nFROM $BASE\nCMD cat /secret\n",
-    "FROM an argument in another": "ARG A={id}\nARG BASE=${{A}}\nFROM ${{BASE:-scratch}}\nCMD cat /secret\n",
+    "FROM": "FROM {id}\nCOPY Dockerfile /d\n",
+    "FROM a name": "FROM {name}\nCOPY Dockerfile /d\n",
+    "FROM an argument": "ARG BASE={id}\nFROM $BASE\nCOPY Dockerfile /d\n",
+    "FROM an argument in another": "ARG A={id}\nARG BASE=${{A}}\nFROM ${{BASE:-scratch}}\nCOPY Dockerfile /d\n",
     "COPY --from": "FROM gpujobs-lab/busybox:1\nCOPY --from={id} /secret /stolen\n",
     "COPY --from first digits": "FROM gpujobs-lab/busybox:1\nCOPY --from={digits} /secret /stolen\n",
     "ONBUILD of a base": "FROM gpujobs-attack/trap:1\n",
@@ -333,28 +372,11 @@ def test_a_build_takes_nothing_of_an_image_that_another_account_built(
 # -- groups ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def shadowy(place: Place) -> Path:
-    """A file that group 42 may read, as /etc/shadow is."""
-    directory = place.path / "shadowy"
-    directory.mkdir(mode=0o755)
-    file = directory / "file"
-    file.write_text("for group 42\n")
-    os.chown(file, 0, 42)
-    file.chmod(0o640)
-    return directory
-
-
-def test_a_group_file_of_an_image_hands_out_no_group_of_the_host(
-    lab: Engine, server: Server, alice: Account, shadowy: Path
-) -> None:
+def test_a_group_file_of_an_image_hands_out_no_group_of_the_host(plain: Plain, server: Server, defended: Row) -> None:
     """The line ``5001:x:42:`` makes group 42 of the number 5001."""
-    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{shadowy}:/e", image=HOSTILE,
-                      command=("cat", "/e/file"))  # fmt: skip
-    assert done.out == b"for group 42\n"
-    row = submitted(server, alice, image=HOSTILE, script="cat /e/file; id -G", volumes=[f"{shadowy}:/e:ro"])
-    assert "for group 42" not in output(server, row)
-    assert "42" not in output(server, row).split()
+    assert plain.read == "for group 42\n"
+    assert "for group 42" not in output(server, defended)
+    assert "42" not in output(server, defended).split()
 
 
 def test_further_groups_are_not_remapped_either(lab: Engine, server: Server, alice: Account, evil: Callable[..., str],
@@ -372,14 +394,9 @@ def test_further_groups_are_not_remapped_either(lab: Engine, server: Server, ali
 
 
 def test_a_health_check_of_the_job_runs_as_the_job_and_not_with_root_as_its_group(
-    lab: Engine, server: Server, alice: Account, volume: Path
+    plain: Plain, server: Server, alice: Account, volume: Path
 ) -> None:
-    made = lab.docker("run", "--detach", "--user", str(alice.uid), HOSTILE, "sleep", "30").strip()
-    try:
-        assert lab.docker("exec", "--user", str(alice.uid), made, "id", "-g") == "0\n"
-    finally:
-        lab.docker("rm", "--force", "--volumes", made)
-    HOSTILE_MARK.unlink(missing_ok=True)
+    assert plain.group_of_exec == "0"
     row = submitted(
         server, alice, image=HOSTILE, volumes=[f"{volume}:/v"],
         script="for i in $$(seq 100); do [ -s /v/check ] && exit 0; sleep 0.1; done; exit 1",
@@ -455,4 +472,3 @@ def test_a_program_of_an_image_called_like_ours_is_not_run_instead(
     assert output(server, row) == f"{alice.uid}\n"
     found = inspect(lab, row["container"]["id"])["Config"]["Entrypoint"]
     assert found[0].startswith("/.gpujobs-")
-

@@ -176,22 +176,32 @@ def on_a_terminal(server: Server, user: Account | None, *args: str) -> bytes:
 SCREEN = r"printf '\033]0;owned\007\302\233\342\200\256evil\r12_0 | not my line\n'"
 
 
-def test_lines_behind_a_prefix_are_shown_on_a_terminal_and_not_obeyed(server: Server, alice: Account) -> None:
+@pytest.fixture(scope="module")
+def screens(server: Server, alice: Account) -> str:
+    """An array of alice's whose elements write what acts on a terminal."""
     job = server.submit(user=alice, script=f"{SCREEN} # {{{{ a }}}}", matrix={"a": [1, 2]}, cpus=0.1)
     assert server.cli("wait", job, user=alice, timeout=120).code == 0
-    to_a_pipe = server.cli("logs", job, user=alice).out
+    return job
+
+
+def test_lines_behind_a_prefix_are_shown_on_a_terminal_and_not_obeyed(
+    server: Server, alice: Account, screens: str
+) -> None:
+    to_a_pipe = server.cli("logs", screens, user=alice).out
     assert b"\x1b]0;owned" in to_a_pipe, "data passes as it is"
-    lines = on_a_terminal(server, alice, "logs", job).decode().replace("\r\n", "\n").splitlines()
+    lines = on_a_terminal(server, alice, "logs", screens).decode().replace("\r\n", "\n").splitlines()
     assert len(lines) == 2
     assert not [char for line in lines for char in ACTIVE if char in line]
-    assert all(line.startswith(f"{job}_") for line in lines)
+    assert all(line.startswith(f"{screens}_") for line in lines)
 
 
-def test_the_log_of_somebody_else_is_shown_on_a_terminal_and_not_obeyed(server: Server, alice: Account) -> None:
-    row = submitted(server, alice, script=SCREEN)
-    assert server.cli("logs", str(row["id"]), user=alice).out.startswith(b"\x1b]0;owned\x07\xc2\x9b")
-    assert b"\x1b]0;owned" in on_a_terminal(server, alice, "logs", str(row["id"])), "one's own is one's own"
-    told = on_a_terminal(server, None, "logs", str(row["id"])).decode().replace("\r\n", "\n")
+def test_the_log_of_somebody_else_is_shown_on_a_terminal_and_not_obeyed(
+    server: Server, alice: Account, screens: str
+) -> None:
+    job = f"{screens}_0"
+    assert server.cli("logs", job, user=alice).out.startswith(b"\x1b]0;owned\x07\xc2\x9b")
+    assert b"\x1b]0;owned" in on_a_terminal(server, alice, "logs", job), "one's own is one's own"
+    told = on_a_terminal(server, None, "logs", job).decode().replace("\r\n", "\n")
     assert not [char for char in ACTIVE if char in told]
     assert r"\x1b]0;owned\x07" in told
 
