@@ -30,6 +30,7 @@ done
 ulimit -Hc
 df -k /dev/shm | tail -1
 head -c 100m /dev/zero > /dev/shm/x; ls -l /dev/shm/x
+exit 3
 """
 
 

@@ -150,7 +150,7 @@ def test_a_variable_of_a_job_file_reaches_neither_the_runtime_nor_its_hooks(
 ) -> None:
     """`docker run --env` gives the Engine what it is told; hooks, and MPS where it is set up, act on such names."""
     assert "LD_AUDIT" in plain_environment
-    assert name not in {entry.partition("=")[0] for entry in inspect(lab, steered["container"]["id"])["Config"]["Env"]}
+    assert name not in {entry.partition("=")[0] for entry in entries_of(lab, steered)}
 
 
 @pytest.mark.parametrize("whose", ["jobs_row", "steered"], ids=["of an image", "of a job file"])

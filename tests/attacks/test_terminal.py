@@ -95,7 +95,7 @@ def test_nothing_in_a_table_acts_on_a_terminal(
 @pytest.fixture
 def strangers(server: Server, nvml_state: Path, bob: Account, lab: Engine) -> Iterator[None]:
     """A process of bob's and a container by hand that hold GPUs, both of hostile names."""
-    sleeper = subprocess.Popen(command_as(bob, ["sh", "-c", f"exec -a '{OSC}{BIDI}' sleep 60"]))
+    sleeper = subprocess.Popen([f"/usr/bin/{OSC}{BIDI}", "60"], executable="/usr/bin/sleep", user=bob.uid)
     machine = nvml.dgx_a100().fit_host()
     uuid = machine.gpus[1].uuid
     machine.gpus[0].processes = [nvml.Process(sleeper.pid, memory=1 << 30, name=f"/usr/bin/{OSC}{CLEAR}")]

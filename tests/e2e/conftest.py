@@ -62,7 +62,8 @@ def environment(lab: Engine, nvml_state: Path) -> Mapping[str, str]:
 def membership(group: str, *members: Account) -> Iterator[int]:
     """A group of that name with these members for the time of a test; a group that is there stays.
 
-    They leave it at the end even where a run that was killed had left them in it.
+    They leave it at the end even where a run that was killed had left them in it; where they have left it already, as
+    when two tests' fixtures made them members, nothing is to be done.
     """
     try:
         grp.getgrnam(group)
@@ -75,8 +76,10 @@ def membership(group: str, *members: Account) -> Iterator[int]:
             subprocess.run(["gpasswd", "--add", account.name, group], check=True, stdout=subprocess.DEVNULL)
         yield grp.getgrnam(group).gr_gid
     finally:
+        left = set(grp.getgrnam(group).gr_mem)
         for account in members:
-            subprocess.run(["gpasswd", "--delete", account.name, group], check=True, stdout=subprocess.DEVNULL)
+            if account.name in left:
+                subprocess.run(["gpasswd", "--delete", account.name, group], check=True, stdout=subprocess.DEVNULL)
         if ours:
             subprocess.run(["groupdel", group], check=True)
 
