@@ -131,7 +131,7 @@ def test_who_holds_a_gpu_is_told_without_obeying_their_names(
 
 
 def test_an_end_is_told_without_obeying_what_the_program_was_called(server: Server, alice: Account) -> None:
-    row = submitted(server, alice, command=[f"/no/{OSC}{BIDI}{CLEAR}"], working_dir=f"/tmp/{C1}")
+    row = submitted(server, alice, command=[f"/no/{OSC}{BIDI}{CLEAR}"])
     assert row["state"] == "failed", row
     for command in (["ps", "--all"], ["show", str(row["id"])], ["wait", str(row["id"])]):
         told = server.cli(*command)
@@ -145,8 +145,7 @@ def test_a_job_file_of_somebody_else_is_looked_at_without_obeying_it(
 ) -> None:
     """A file that was sent by somebody is looked at before it is run."""
     file = volume / "job.yaml"
-    file.write_bytes(spec(command=["echo", OSC, CLEAR, BIDI, C1, HIDDEN], labels={"a": OSC}, environment={"A": BIDI},
-                          working_dir=f"/{OSC}"))  # fmt: skip
+    file.write_bytes(spec(command=["echo", OSC, CLEAR, BIDI, C1, HIDDEN], labels={"a": OSC}, environment={"A": BIDI}))
     assert OSC in json.loads(file.read_text())["command"]
     volume.chmod(0o755)
     told = on_a_terminal(server, bob, *command, str(file)).decode().replace("\r\n", "\n")
