@@ -248,7 +248,7 @@ def test_a_request_that_is_none_is_answered_without_a_word_too_much(
     server: Server, alice: Account, what: str
 ) -> None:
     """The server outlives it, tells no trace of its code, and answers the next one."""
-    answer: Answer = raw(server, alice, BAD[what])
+    answer: Answer = raw(server, alice, BAD[what], patience=0.5)
     assert answer.status < 500, answer
     assert "Traceback" not in answer.text
     assert "site-packages" not in answer.text

@@ -225,12 +225,14 @@ def test_followers_without_end_are_told_the_limit_and_take_no_others_place(
 ) -> None:
     watch = WATCH.replace(b"{job}", str(waiting["id"]).encode())
     with held(server, bob, 20, watch):  # the half of them follow
-        answer = wait_for(lambda: found if (found := raw(server, bob, watch)).status == 403 else None, "it is refused")
+        answer = wait_for(
+            lambda: found if (found := raw(server, bob, watch, patience=3)).status == 403 else None, "it is refused"
+        )
         assert answer.body["exit"] == 3
         assert "10" in answer.body["message"]
         assert raw(server, alice, request("GET", f"/v1/jobs/{waiting['id']}/logs")).status == 200
         server.reload("streams: 100")
-        assert raw(server, bob, watch).status == 200, "where there is no such limit"
+        assert raw(server, bob, watch, patience=3).status == 200, "where there is no such limit"
 
 
 HALF = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{"

@@ -169,9 +169,9 @@ def test_what_is_the_kernels_or_the_servers_is_no_volume(
 
 
 KINDS = {
-    "a pipe": ("pipe", lambda path: os.mkfifo(path, 0o666), "is a named pipe: only directories and regular files"),
-    "a device": ("node", lambda path: os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(195, 7)), "is a device: only directories and regular files"),
-    "a socket": ("sock", lambda path: os.mknod(path, stat.S_IFSOCK | 0o666), "is a socket: only directories and regular files"),
+    "a pipe": ("pipe", lambda path: os.mkfifo(path, 0o666), "is a named pipe: only"),
+    "a device": ("node", lambda path: os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(195, 7)), "is a device: only"),
+    "a socket": ("sock", lambda path: os.mknod(path, stat.S_IFSOCK | 0o666), "is a socket: only"),
 }
 
 

@@ -118,7 +118,7 @@ try:
     connection.sendall(sys.stdin.buffer.read())
 except OSError:
     pass
-connection.settimeout(1.5)  # after which a request that has no end is ended
+connection.settimeout(float(sys.argv[2]))  # after which a request that has no end is ended
 try:
     while True:
         try:
@@ -148,7 +148,7 @@ class Answer:
         return json.loads(self.text)
 
 
-def raw(server: Server, user: Account | None, data: bytes, *within: str) -> Answer:
+def raw(server: Server, user: Account | None, data: bytes, *within: str, patience: float = 20.0) -> Answer:
     """Send bytes to the server's socket as an account and read to the end; the first answer.
 
     Args:
@@ -156,8 +156,10 @@ def raw(server: Server, user: Account | None, data: bytes, *within: str) -> Answ
         user: The account; root where there is none.
         data: The bytes.
         within: A command that runs another, and so says in what the process is that connects.
+        patience: Seconds without an answer after which the request is ended, where it does not end by itself.
     """
-    done = run([*within, "/usr/bin/python3", "-c", _ASK, str(server.socket)], {}, user=user, stdin=data)
+    argv = [*within, "/usr/bin/python3", "-c", _ASK, str(server.socket), str(patience)]
+    done = run(argv, {}, user=user, stdin=data)
     assert done.code == 0, done
     head, _, body = done.out.partition(b"\r\n\r\n")
     if not head:
