@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.attacks.tools import output, shell, submitted, undefended
+from tests.attacks.tools import output, raw, request, shell, submission, submitted, undefended
 from tests.e2e.harness import Place, Server, inspect, spec
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
@@ -47,10 +46,19 @@ def link(ground: Place, alice: Account, bobs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def named(lab: Engine) -> Iterator[str]:
+def private(ground: Place) -> Path:
+    """A directory that is root's alone, as /root is."""
+    directory = ground.path / "private"
+    directory.mkdir(mode=0o700)
+    (directory / "secret").touch()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def named(lab: Engine, private: Path) -> Iterator[str]:
     """A named volume that is a directory of root's: driver options of Docker's own driver make one."""
     name = "gpujobs-attack-options"
-    lab.docker("volume", "create", "--opt", "type=none", "--opt", "o=bind", "--opt", "device=/root", name)
+    lab.docker("volume", "create", "--opt", "type=none", "--opt", "o=bind", "--opt", f"device={private}", name)
     yield name
     lab.docker("volume", "rm", name)
 
@@ -63,7 +71,7 @@ def shown(lab: Engine, bobs: Path, sealed: Path, link: Path, named: str) -> dict
     """What a container shows to which plain Docker gives them all: it resolves a source as root, who needs no key."""
     sources = {"below": bobs, "file": sealed, "link": link, "named": named}
     options = [part for name, source in sources.items() for part in ("--volume", f"{source}:/{name}")]
-    looks = ("cat /below/letter", "cat /file", "cat /link/letter", "ls -a /named", "grep ' /t ' /proc/mounts")
+    looks = ("cat /below/letter", "cat /file", "cat /link/letter", "ls /named", "grep ' /t ' /proc/mounts")
     script = "; echo --; ".join(looks)
     done = undefended(lab, *options, "--tmpfs", SMUGGLED, command=shell(script))
     assert done.code == 0, done
@@ -274,16 +282,15 @@ def test_a_mount_point_made_by_race_in_a_directory_of_roots_is_not_made(
 
 
 def test_a_named_volume_is_a_directory_of_ones_own_whatever_the_engine_has_of_that_name(
-    shown: dict[str, str], lab: Engine, server: Server, alice: Account, named: str
+    shown: dict[str, str], lab: Engine, server: Server, alice: Account, named: str, private: Path
 ) -> None:
-    inside = subprocess.run(["ls", "-a", "/root"], capture_output=True, check=True).stdout.decode()
-    assert shown["named"].split() == inside.split()
+    assert shown["named"].split() == ["secret"]
     row = submitted(server, alice, script="ls -A /v; touch /v/mine", volumes=[f"{named}:/v"])
     assert row["state"] == "succeeded", row
     assert output(server, row) == ""
     mounts = inspect(lab, row["container"]["id"])["Mounts"]
     assert not [mount for mount in mounts if mount["Type"] == "volume"]
-    assert not Path("/root/mine").exists()
+    assert not (private / "mine").exists()
     ours = alice.home / ".local/share/gpujobs/volumes" / named
     assert (ours / "mine").stat().st_uid == alice.uid
     shutil.rmtree(ours)
@@ -333,9 +340,9 @@ def test_a_place_that_is_the_kernels_the_runtimes_or_the_inits_is_no_target(
 ) -> None:
     for kind in ("bind", "tmpfs"):
         entry = {"type": kind, "target": target, **({"source": str(volume)} if kind == "bind" else {})}
-        done = server.run(user=alice, script="true", volumes=[entry])
-        assert done.code == 2, done
-        assert "mounted" in done.words
+        answer = raw(server, alice, request("POST", "/v1/jobs", submission({"script": "true", "volumes": [entry]})))
+        assert (answer.status, answer.body["exit"]) == (400, 2), answer
+        assert "mounted" in answer.text
 
 
 def test_a_target_that_the_runtime_takes_for_a_request_gives_gpus_to_who_may_name_it(
