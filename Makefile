@@ -51,7 +51,7 @@ bench: install
 
 soak: install
 	$(BIN)/python -m tests.lab up
-	cd "$$($(BIN)/python -m tests.lab checkout)" && GPUJOBS_SOAK=1 $(PYTEST) tests/soak tests/attacks tests/contract/test_service_machine.py
+	cd "$$($(BIN)/python -m tests.lab checkout)" && GPUJOBS_SOAK=1 $(PYTEST) tests/soak tests/contract/test_service_machine.py
 
 clean:
 	rm -rf $(VENV) build gpujobs/init/gpujobs-init *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -325,12 +325,11 @@ def _devices(facts: Facts) -> Iterator[Finding]:
     if not present:
         return
     if any(node.mode & 0o006 for node in present):
-        # https://raw.githubusercontent.com/NVIDIA/open-gpu-kernel-modules/main/kernel-open/nvidia/nv-reg.h
         yield _warning(
             "devices",
-            f"any account can open the GPUs from a shell (mode {present[0].mode:04o}): the queue binds jobs only",
-            "Let one group open them: `options nvidia NVreg_DeviceFileGID=GID NVreg_DeviceFileMode=0660` in"
-            " /etc/modprobe.d/, then reload the driver. Jobs of accounts outside that group cannot open them either.",
+            f"the GPUs' nodes let every account in (mode {present[0].mode:04o}): the queue binds jobs only",
+            "Keep logins off them by systemd's device policy: configs/shells/gpujobs-shells.conf; containers do not"
+            " notice. (A policy for logins leaves the nodes' mode as it is, and this warning with it.)",
         )
         return
     groups = sorted({node.group for node in present})

@@ -31,13 +31,19 @@ BUILT: Final = "build"
 ANY_ADDRESS: Final = "any"
 """The word for ports that are published beyond loopback."""
 
+LOW_PORT: Final = "low"
+"""The word for ports that are published where only root's services are."""
+
+UNPRIVILEGED_PORTS: Final = 1024
+"""The first port that any account may take (ip(7), ip_unprivileged_port_start); Docker takes the others as root."""
+
 FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
     "ipc": ("host",),
     "network_mode": ("host",),
     "cap_add": ("IPC_LOCK", "NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW", "SYS_NICE", "SYS_PTRACE"),
     "driver_capabilities": ("compat32", "display", "graphics", "ngx", "video"),
     "runtime": ("runsc",),
-    "ports": (ANY_ADDRESS,),
+    "ports": (ANY_ADDRESS, LOW_PORT),
 }
 """What settings can allow: keys of the job file and the values that are gated.
 
@@ -50,6 +56,11 @@ CAPABILITY_BITS: Final[Mapping[str, int]] = {
     "NET_BIND_SERVICE": 10, "NET_ADMIN": 12, "NET_RAW": 13, "IPC_LOCK": 14, "SYS_PTRACE": 19, "SYS_NICE": 23,
 }  # fmt: skip
 """Numbers of linux/capability.h."""
+
+_PORT_WORDS: Final = {
+    ANY_ADDRESS: "ports beyond 127.0.0.1",
+    LOW_PORT: f"ports: the machine's own below {UNPRIVILEGED_PORTS}",
+}
 
 _NETWORK: Final = frozenset({"NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW"})
 
@@ -104,6 +115,8 @@ def asked(spec: JobSpec) -> list[tuple[str, str]]:
     ]
     if any(not ip_address(port.host_ip).is_loopback for port in spec.ports):
         found.append(("ports", ANY_ADDRESS))
+    if any(port.published is not None and port.published < UNPRIVILEGED_PORTS for port in spec.ports):
+        found.append(("ports", LOW_PORT))
     return found
 
 
@@ -122,7 +135,7 @@ def check(spec: JobSpec, owner: Owner, rules: Rules, gids: Mapping[str, int], ru
     """
     for key, value in asked(spec):
         if not among(owner, rules.allow.get((key, value), ()), gids):
-            what = "ports beyond 127.0.0.1" if key == "ports" else f"{key}: {value}"
+            what = _PORT_WORDS[value] if key == "ports" else f"{key}: {value}"
             raise Refused(
                 f"{what} is not allowed to {owner.name} here",
                 hint=f"The administrator decides: `allow: {{{key}: {{{value}: [{owner.name}]}}}}` in the settings.",

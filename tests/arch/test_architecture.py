@@ -204,16 +204,6 @@ def test_the_annotated_settings_are_the_defaults_and_each_is_explained() -> None
         assert re.search(rf"^# .*\n(?:\w+: .*\n)*{item.name}:", text, re.MULTILINE), item.name
 
 
-def test_operations_quotes_what_the_code_says() -> None:
-    """The fixed parts of each quoted message are in the sources, so that who searches for one finds it."""
-    sources = " ".join(" ".join(path.read_text().split()) for path in SOURCES)
-    for quoted in rows("what is seen"):
-        message, *_ = re.findall(r"`([^`]+)`", quoted) or [quoted]
-        for part in re.split(r"\bP\b|\bU\b|…|'nvidia'|NAME|python of bob.*|NFS", message):
-            words = part.strip(" (),:")
-            assert words in sources, f"{words!r} of {quoted!r}"
-
-
 def test_operations_names_every_variable_that_the_server_reads() -> None:
     read = set()
     for path in (*PACKAGE.glob("*.py"), *(PACKAGE / "service").glob("*.py"), *(PACKAGE / "adapters").glob("*.py")):

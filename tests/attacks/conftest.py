@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.attacks.tools import PROBE, Evil, import_image
-from tests.e2e.conftest import environment, lab, nvml_state, people
-from tests.e2e.harness import Place, Server
-from tests.lab import nvml
+from tests.attacks.tools import PROBE, Evil, import_image, raw, request, submission
+from tests.e2e.conftest import alice, bob, environment, lab, nvml_state, people, place, serving
+from tests.e2e.harness import Place, Row, Server
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine, LabError
 
-__all__ = ["environment", "lab", "nvml_state", "people"]
-
-
-@pytest.fixture(scope="session")
-def alice(people: tuple[Account, ...]) -> Account:
-    """Who is attacked, or attacks the machine."""
-    return people[0]
-
-
-@pytest.fixture(scope="session")
-def bob(people: tuple[Account, ...]) -> Account:
-    """Who may use the server too, and attacks others."""
-    return people[1]
+__all__ = ["alice", "bob", "environment", "lab", "nvml_state", "people", "place"]
 
 
 @pytest.fixture(scope="session")
@@ -51,22 +39,21 @@ def ground(lab: Engine) -> Iterator[Place]:
 def server(
     ground: Place, environment: Mapping[str, str], nvml_state: Path, alice: Account, lab: Engine
 ) -> Iterator[Server]:
-    """The server that is attacked, as root; it must outlive all of them without one traceback."""
-    nvml.dgx_a100().fit_host().write(nvml_state)
-    found = Server(ground.path, environment, alice).start()
-    yield found
-    assert found.stop() == 0
-    found.clean(lab)
-    told = found.said
-    assert "Traceback" not in told, told[-5000:]
+    """The server that is attacked, as root; it must outlive all of them, and never use what is root on mounts."""
+    began = time.time()
+    with serving(ground.path, environment, nvml_state, alice, lab) as found:
+        yield found
+        prefix = f"gpujobs-{found.get('/server')['server']}-"
+        shown = lab.docker("events", "--since", f"{began:.3f}", "--until", f"{time.time():.3f}", "--filter",
+                           "type=container", "--format", "{{.Action}} {{.Actor.Attributes.name}}")  # fmt: skip
+        done = {action for action, _, name in (line.partition(" ") for line in shown.splitlines())
+                if name.startswith(prefix)}  # fmt: skip
+        assert "create" in done
+        assert not done & AS_ROOT, done
 
 
-@pytest.fixture
-def place() -> Iterator[Place]:
-    """A directory of the test's own."""
-    found = Place()
-    yield found
-    found.remove()
+AS_ROOT = {"archive-path", "extract-to-dir", "copy", "export", "commit"}
+"""The Engine's words for what it does as root with a container's files, volumes included: `docker cp` and the like."""
 
 
 @pytest.fixture
@@ -102,6 +89,17 @@ def roots(place: Place) -> Path:
     secret.write_text("root's secret\n")
     secret.chmod(0o600)
     return directory
+
+
+@pytest.fixture
+def waiting(server: Server, alice: Account) -> Iterator[Row]:
+    """A job of alice's that does not begin for as long as the test: its build context does not come."""
+    job = {"build": {"context": "/nowhere"}, "command": ["true"]}
+    answer = raw(server, alice, request("POST", "/v1/jobs", submission(job)))
+    assert answer.status == 201, answer
+    number = str(answer.body["jobs"][0]["id"])
+    yield server.job(number)
+    server.cli("cancel", number)
 
 
 @pytest.fixture(scope="package")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.tools import entry, raw, request, undefended
-from tests.e2e.harness import Place, Row, Server, run, spec
+from tests.attacks.tools import entry, raw, request, submission, undefended
+from tests.e2e.harness import Place, Row, Server, run
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
 
@@ -45,9 +45,8 @@ def build(server: Server, alice: Account) -> Callable[[bytes], Row]:
     """Sends a context as alice, as no client of ours would; the job's row at its end."""
 
     def sent(content: bytes) -> Row:
-        keys = {"name": "t", "build": {"context": "/nowhere"}, "command": ["true"], "cpus": 0.1, "mem_limit": "64m"}
-        text = spec(**keys, image=None).decode().replace('"image": null, ', "")
-        answer = raw(server, alice, request("POST", "/v1/jobs", {"files": [{"text": text, "file": "x"}]}))
+        job = {"build": {"context": "/nowhere"}, "command": ["true"], "cpus": 0.1}
+        answer = raw(server, alice, request("POST", "/v1/jobs", submission(job)))
         assert answer.status == 201, answer
         (wanted,) = answer.body["contexts"]
         put = request("PUT", f"/v1/jobs/{wanted['id']}/context/{wanted['key']}", content)

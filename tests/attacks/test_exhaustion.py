@@ -19,7 +19,7 @@ from gpujobs.adapters.logfile import LogWriter
 from gpujobs.core.container import PIDS_LIMIT
 from gpujobs.logwire import STDOUT, LogRecord
 from tests.attacks.tools import output, raw, request, shell, submitted, undefended
-from tests.e2e.harness import BUSYBOX, Row, Server, inspect
+from tests.e2e.harness import BUSYBOX, Row, Server, cgroup_of, inspect, wait_for
 from tests.lab.accounts import Account, command_as
 from tests.lab.engine import Engine, LabError
 
@@ -30,6 +30,7 @@ done
 ulimit -Hc
 df -k /dev/shm | tail -1
 head -c 100m /dev/zero > /dev/shm/x; ls -l /dev/shm/x
+exit 3
 """
 
 
@@ -66,12 +67,27 @@ def test_thousands_of_processes_are_the_jobs_own_end_and_nobody_elses(server: Se
     assert (row["state"], row["reason"]) in (("failed", "oom"), ("failed", "exit"), ("failed", "time-limit")), row
 
 
+def _has_gone_off(lab: Engine, container: str) -> bool:
+    """Whether half the processes that it may have are there, as its cgroup counts them, or it has ended."""
+    state = inspect(lab, container)["State"]
+    if not state["Running"]:
+        return True
+    try:
+        return int((cgroup_of(state["Pid"], "pids") / "pids.current").read_text()) >= BOMB // 2
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+BOMB = 200
+"""Processes that the bomb of plain Docker's may be."""
+
+
 def outlives_kill(lab: Engine, script: str) -> bool:
     """Whether a container of plain Docker is not dead five seconds after it was killed."""
-    made = lab.docker("run", "--detach", "--memory", "16m", "--memory-swap", "16m", "--pids-limit", "200", "--cpus",
+    made = lab.docker("run", "--detach", "--memory", "16m", "--memory-swap", "16m", "--pids-limit", str(BOMB), "--cpus",
                       "0.1", BUSYBOX, *shell(script)).strip()  # fmt: skip
     try:
-        time.sleep(2)  # for the bomb to go off: there is nothing to see it by that it does not slow down
+        wait_for(lambda: _has_gone_off(lab, made), "the bomb goes off")
         lab.docker("kill", made, timeout=5)
     except subprocess.TimeoutExpired:
         return True
@@ -193,6 +209,32 @@ def held(server: Server, user: Account, count: int, data: bytes) -> Iterator[Non
             process.kill()
 
 
+WATCH = request("GET", "/v1/jobs/{job}/watch").replace(b"Connection: close\r\n", b"")
+
+
+@pytest.fixture
+def few_streams(server: Server) -> Iterator[None]:
+    """The server allows an account ten streams."""
+    server.reload("streams: 10")
+    yield
+    server.reload("")
+
+
+def test_followers_without_end_are_told_the_limit_and_take_no_others_place(
+    server: Server, alice: Account, bob: Account, waiting: Row, few_streams: None
+) -> None:
+    watch = WATCH.replace(b"{job}", str(waiting["id"]).encode())
+    with held(server, bob, 20, watch):  # the half of them follow
+        answer = wait_for(
+            lambda: found if (found := raw(server, bob, watch, patience=3)).status == 403 else None, "it is refused"
+        )
+        assert answer.body["exit"] == 3
+        assert "10" in answer.body["message"]
+        assert raw(server, alice, request("GET", f"/v1/jobs/{waiting['id']}/logs")).status == 200
+        server.reload("streams: 100")
+        assert raw(server, bob, watch, patience=3).status == 200, "where there is no such limit"
+
+
 HALF = b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{"
 
 
@@ -213,3 +255,15 @@ def test_a_file_of_variables_that_no_process_can_have_is_told(server: Server, al
     done = server.run(user=alice, script="true", environment={"A": word * 2})
     assert done.code == 2
     assert "at most" in done.words
+
+
+def test_a_program_that_always_fails_is_not_started_again_by_the_engine(lab: Engine, limited: Row) -> None:
+    """Beyond what it costs: a pin that is gone after a reboot would be an empty directory for the next start."""
+    made = lab.docker("run", "--detach", "--restart", "always", BUSYBOX, "false").strip()
+    try:
+        wait_for(lambda: inspect(lab, made)["RestartCount"], "it is started again")
+    finally:
+        lab.docker("rm", "--force", made)
+    found = inspect(lab, limited["container"]["id"])
+    assert (found["HostConfig"]["RestartPolicy"]["Name"], found["RestartCount"]) == ("no", 0)
+    assert limited["exit_code"] != 0

@@ -9,13 +9,16 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from gpujobs.adapters.runner import DockerRunner
 from tests.attacks.tools import Evil, output, shell, submitted, undefended
-from tests.e2e.harness import HOSTILE, Place, Row, Server, inspect, run
+from tests.e2e.harness import BUSYBOX, HOSTILE, Place, Row, Server, inspect, run, wait_for
+from tests.lab import images
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
 from tests.lab.images import HOSTILE_MARK
@@ -54,15 +57,25 @@ def jobs_row(server: Server, alice: Account, brought: str) -> Row:
     return row
 
 
+@pytest.fixture(scope="module")
+def engines_entries(lab: Engine, jobs_row: Row) -> list[str]:
+    """The environment that the Engine has of that job's container."""
+    return list(inspect(lab, jobs_row["container"]["id"])["Config"]["Env"])
+
+
+@pytest.fixture(scope="module")
+def inside(server: Server, jobs_row: Row) -> dict[str, str]:
+    """The environment that its program had."""
+    return dict(line.partition("=")[::2] for line in output(server, jobs_row).splitlines())
+
+
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_variable_of_an_image_that_the_runtime_acts_on_does_not_reach_it(
-    plain_environment: dict[str, str], jobs_row: Row, server: Server, lab: Engine, name: str
+    plain_environment: dict[str, str], engines_entries: list[str], inside: dict[str, str], name: str
 ) -> None:
     if name not in ("LD_PRELOAD", "NVIDIA_VISIBLE_DEVICES"):
         assert plain_environment[name] == VARIABLES[name]
-    entries = inspect(lab, jobs_row["container"]["id"])["Config"]["Env"]
-    assert f"{name}={VARIABLES[name]}" not in entries
-    inside = dict(line.partition("=")[::2] for line in output(server, jobs_row).splitlines())
+    assert f"{name}={VARIABLES[name]}" not in engines_entries
     assert inside.get(name) != VARIABLES[name]
 
 
@@ -94,16 +107,11 @@ def hooked(place: Place, name: str, root: Path, hook: list[str], environment: li
 
 
 @pytest.fixture(scope="module")
-def unpacked(lab: Engine, ground: Place) -> Path:
+def unpacked(ground: Place) -> Path:
     """The hostile image's files, as a runtime has them under its feet."""
     root = ground.path / "unpacked"
     root.mkdir()
-    made = lab.docker("create", HOSTILE).strip()
-    try:
-        exported = subprocess.run(["docker", "export", made], env=lab.environment(), check=True, capture_output=True)
-        subprocess.run(["tar", "-x", "-C", root], input=exported.stdout, check=True)
-    finally:
-        lab.docker("rm", "--volumes", made)
+    subprocess.run(["tar", "-x", "-C", root, "-f", images.recipes()[HOSTILE].root()], check=True)
     script = root / "evil.sh"
     script.write_text(f'echo "uid $UID shell" >> {HOSTILE_MARK}\n')
     return root
@@ -115,7 +123,11 @@ def entries_of(lab: Engine, row: Row) -> list[str]:
     return [entry for entry in entries if "=" in entry]  # one without takes the image's away
 
 
-GIVEN = {"LD_PRELOAD": "/proc/self/cwd/evil.so", "LD_AUDIT": "/proc/self/cwd/evil.so", "BASH_ENV": START}
+GIVEN = {
+    "LD_PRELOAD": "/proc/self/cwd/evil.so", "LD_AUDIT": "/proc/self/cwd/evil.so", "BASH_ENV": START,
+    "LD_LIBRARY_PATH": "/evil", "GLIBC_TUNABLES": "glibc.malloc.check=3", "GCONV_PATH": "/evil", "ENV": START,
+    "PYTHONPATH": "/evil", "PATH": "/evil:/bin", "CUDA_MPS_PIPE_DIRECTORY": "/evil", "TOKEN": "hunter2",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +141,8 @@ def steered(server: Server, alice: Account) -> Row:
 def test_a_library_of_an_image_does_not_run_as_root_in_a_hook_of_the_runtime(
     place: Place, unpacked: Path, lab: Engine, brought: str, jobs_row: Row
 ) -> None:
-    images = json.loads(lab.docker("image", "inspect", HOSTILE))[0]["Config"]["Env"]
-    assert hooked(place, "plain", unpacked, ["/bin/true"], images).startswith("uid 0 ")
+    brings = json.loads(lab.docker("image", "inspect", HOSTILE))[0]["Config"]["Env"]
+    assert hooked(place, "plain", unpacked, ["/bin/true"], brings).startswith("uid 0 ")
     assert hooked(place, "job", unpacked, ["/bin/true"], entries_of(lab, jobs_row)) == ""
 
 
@@ -140,6 +152,15 @@ def test_a_library_of_a_job_file_does_not_run_as_root_in_a_hook_of_the_runtime(
     plain = [f"LD_PRELOAD={GIVEN['LD_PRELOAD']}"]
     assert hooked(place, "plain", unpacked, ["/bin/true"], plain).startswith("uid 0 ")
     assert hooked(place, "job", unpacked, ["/bin/true"], entries_of(lab, steered)) == ""
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_variable_of_a_job_file_reaches_neither_the_runtime_nor_its_hooks(
+    lab: Engine, plain_environment: dict[str, str], steered: Row, name: str
+) -> None:
+    """`docker run --env` gives the Engine what it is told; hooks, and MPS where it is set up, act on such names."""
+    assert "LD_AUDIT" in plain_environment
+    assert name not in {entry.partition("=")[0] for entry in entries_of(lab, steered)}
 
 
 @pytest.mark.parametrize("whose", ["jobs_row", "steered"], ids=["of an image", "of a job file"])
@@ -156,6 +177,21 @@ def test_what_hooks_must_not_see_reaches_the_program_all_the_same(
 ) -> None:
     assert output(server, steered) == f"{START} {GIVEN['LD_AUDIT']}\n"
     assert f"BASH_ENV={START}" in output(server, jobs_row).splitlines()
+
+
+def test_what_a_commit_of_the_container_would_keep_has_no_value_of_a_job_file(lab: Engine, steered: Row) -> None:
+    """A committed image has the variables of the container's configuration: whoever gets the image has them."""
+    made = lab.docker("create", "--env", "TOKEN=hunter2", BUSYBOX, "true").strip()
+    try:
+        kept = json.loads(lab.docker("image", "inspect", (image := lab.docker("commit", made).strip())))
+        lab.docker("image", "rm", image)
+        assert kept[0]["Config"]["Env"] == inspect(lab, made)["Config"]["Env"]
+        assert "TOKEN=hunter2" in kept[0]["Config"]["Env"]
+    finally:
+        lab.docker("rm", made)
+    config = json.dumps(inspect(lab, steered["container"]["id"]))
+    assert "hunter2" not in config
+    assert not [name for name in GIVEN if f'"{name}=' in config]
 
 
 # -- labels, user, health check, volumes -----------------------------------------------------------------------
@@ -180,23 +216,23 @@ def test_the_user_of_an_image_is_not_the_jobs(
     assert "USER=gjlab1" in output(server, jobs_row).splitlines()
 
 
-def test_a_health_check_of_an_image_does_not_keep_the_engine_busy(
-    lab: Engine, server: Server, alice: Account, volume: Path
-) -> None:
-    began = time.time()
-    done = undefended(lab, "--label", "attack=check", image=HOSTILE, command=("sleep", "3"))
-    assert done.code == 0, done
-    until = time.time()
+@pytest.fixture(scope="module")
+def shadowy(ground: Place) -> Path:
+    """A file that group 42 may read, as /etc/shadow is."""
+    directory = ground.path / "shadowy"
+    directory.mkdir(mode=0o755)
+    file = directory / "file"
+    file.write_text("for group 42\n")
+    os.chown(file, 0, 42)
+    file.chmod(0o640)
+    return directory
 
-    def checks(label: str) -> int:
-        shown = lab.docker("events", "--since", f"{began:.3f}", "--until", f"{max(until, time.time()):.3f}",
-                           "--filter", "event=exec_start", "--filter", f"label={label}")  # fmt: skip
-        return len(shown.splitlines())
 
-    assert checks("attack=check") > 2
-    row = submitted(server, alice, image=HOSTILE, script="sleep 1")
-    assert checks(f"gpujobs.job={row['id']}") == 0
-    HOSTILE_MARK.unlink(missing_ok=True)
+def checks(lab: Engine, label: str, began: float) -> int:
+    """How many health checks of a container's the Engine has run."""
+    shown = lab.docker("events", "--since", f"{began:.3f}", "--until", f"{time.time():.3f}", "--filter",
+                       "event=exec_start", "--filter", f"label={label}")  # fmt: skip
+    return len(shown.splitlines())
 
 
 def volumes_of(lab: Engine, container: str) -> list[str]:
@@ -205,6 +241,47 @@ def volumes_of(lab: Engine, container: str) -> list[str]:
 
 def there(lab: Engine, volume: str) -> bool:
     return volume in lab.docker("volume", "ls", "--quiet").split()
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What came of the hostile image in a container of plain Docker."""
+
+    read: str
+    group_of_exec: str
+    checks: int
+    left: bool
+
+
+@pytest.fixture(scope="module")
+def plain(lab: Engine, alice: Account, shadowy: Path) -> Plain:
+    """The hostile image by `docker run`, with alice's numbers."""
+    began = time.time()
+    made = lab.docker("run", "--detach", "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{shadowy}:/e", "--label",
+                      "attack=check", HOSTILE, "sh", "-c", "cat /e/file; sleep 60").strip()  # fmt: skip
+    try:
+        read = wait_for(lambda: lab.docker("logs", made), "it has read the file")
+        group = lab.docker("exec", "--user", str(alice.uid), made, "id", "-g")
+        ran = wait_for(lambda: n if (n := checks(lab, "attack=check", began)) > 2 else 0, "the checks run")
+        (volume,) = volumes_of(lab, made)
+    finally:
+        lab.docker("rm", "--force", made)
+    left = there(lab, volume)
+    lab.docker("volume", "rm", volume)
+    HOSTILE_MARK.unlink(missing_ok=True)
+    return Plain(read, group.strip(), ran, left)
+
+
+@pytest.fixture(scope="module")
+def defended(server: Server, alice: Account, shadowy: Path) -> Row:
+    """The same as a job of alice's."""
+    return submitted(server, alice, image=HOSTILE, script="id -G; cat /e/file; sleep 1", volumes=[f"{shadowy}:/e:ro"])
+
+
+def test_a_health_check_of_an_image_does_not_keep_the_engine_busy(lab: Engine, plain: Plain, defended: Row) -> None:
+    assert plain.checks > 2
+    began = datetime.fromisoformat(defended["started_at"]).timestamp()
+    assert checks(lab, f"gpujobs.job={defended['id']}", began - 1) == 0
 
 
 async def remove(lab: Engine, container: str, ground: Place) -> None:
@@ -217,44 +294,99 @@ async def remove(lab: Engine, container: str, ground: Place) -> None:
 
 
 def test_a_volume_of_an_image_goes_with_its_container(
-    lab: Engine, server: Server, alice: Account, ground: Place
+    lab: Engine, plain: Plain, server: Server, alice: Account, ground: Place
 ) -> None:
-    made = lab.docker("create", HOSTILE).strip()
-    (left,) = volumes_of(lab, made)
-    lab.docker("rm", made)
-    assert there(lab, left)
-    lab.docker("volume", "rm", left)
+    assert plain.left
     row = submitted(server, alice, image=HOSTILE, script="true")
     (anonymous,) = volumes_of(lab, row["container"]["id"])
     asyncio.run(remove(lab, row["container"]["id"], ground))
     assert not there(lab, anonymous)
 
 
+# -- whose an image is ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bobs_image(lab: Engine, evil: Callable[..., str], bob: Account) -> dict[str, str]:
+    """An image that bob built, as builds label it, by each word that the Engine takes for it."""
+    name = evil("bobs", Evil(changes=(f"LABEL gpujobs.owner={bob.uid}",), files={"secret": "bob's letter\n"}))
+    full = lab.docker("image", "inspect", "--format", "{{.Id}}", name).strip()
+    digits = full.removeprefix("sha256:")
+    return {"its name": name, "its id": full, "its id's digits": digits, "its id's first digits": digits[:12]}
+
+
+@pytest.fixture(scope="module")
+def read_by_docker(lab: Engine, bobs_image: dict[str, str]) -> bytes:
+    """What is in it, for whoever asks plain Docker by the first digits of its id."""
+    return undefended(lab, image=bobs_image["its id's first digits"], command=("cat", "/secret")).out
+
+
+BY = ("its name", "its id", "its id's digits", "its id's first digits")
+
+
+@pytest.mark.parametrize("word", BY)
+def test_an_image_that_another_account_built_runs_by_no_word_for_it(
+    lab: Engine, server: Server, alice: Account, bobs_image: dict[str, str], read_by_docker: bytes, word: str
+) -> None:
+    assert read_by_docker == b"bob's letter\n"
+    found = lab.docker("image", "inspect", "--format", "{{.Id}}", bobs_image[word]).strip()
+    assert found == bobs_image["its id"], "the Engine takes it"
+    done = server.run(user=alice, image=bobs_image[word], script="cat /secret", timeout=120)
+    assert (done.code, done.out) in ((1, b""), (2, b"")), done
+    if word in BY[:2]:
+        assert "was built by another account" in done.words
+
+
+DOCKERFILES = {
+    "FROM": "FROM {id}\nCOPY Dockerfile /d\n",
+    "FROM a name": "FROM {name}\nCOPY Dockerfile /d\n",
+    "FROM an argument": "ARG BASE={id}\nFROM $BASE\nCOPY Dockerfile /d\n",
+    "FROM an argument in another": "ARG A={id}\nARG BASE=${{A}}\nFROM ${{BASE:-scratch}}\nCOPY Dockerfile /d\n",
+    "COPY --from": "FROM gpujobs-lab/busybox:1\nCOPY --from={id} /secret /stolen\n",
+    "COPY --from first digits": "FROM gpujobs-lab/busybox:1\nCOPY --from={digits} /secret /stolen\n",
+    "ONBUILD of a base": "FROM gpujobs-attack/trap:1\n",
+}
+
+
+@pytest.fixture(scope="module")
+def built_by_docker(
+    lab: Engine, evil: Callable[..., str], bobs_image: dict[str, str], ground: Place
+) -> tuple[dict[str, str], list[str]]:
+    """These Dockerfiles, and which of them plain Docker builds."""
+    words = {"id": bobs_image["its id"], "name": bobs_image["its name"], "digits": bobs_image["its id's first digits"]}
+    evil("trap", Evil(changes=(f"ONBUILD COPY --from={words['name']} /secret /stolen",)))
+    files = {way: text.format(**words) for way, text in DOCKERFILES.items()}
+    context, built = ground.path / "context", []
+    context.mkdir()
+    for way, text in files.items():
+        (context / "Dockerfile").write_text(text)
+        lab.docker("image", "rm", lab.docker("build", "--quiet", "--rm", str(context)).strip())
+        built.append(way)
+    return files, built
+
+
+@pytest.mark.parametrize("way", DOCKERFILES)
+def test_a_build_takes_nothing_of_an_image_that_another_account_built(
+    server: Server, alice: Account, volume: Path, built_by_docker: tuple[dict[str, str], list[str]], way: str
+) -> None:
+    files, built = built_by_docker
+    assert way in built
+    (volume / "Dockerfile").write_text(files[way])
+    file = volume / "job.yaml"
+    file.write_text("name: t\nbuild: .\ncommand: [cat, /secret, /stolen]\nmem_limit: 64m\n")
+    done = server.cli("run", str(file), user=alice, timeout=120)
+    assert (done.code, done.out) == (1, b""), done
+    row = server.jobs()[-1]
+    assert (row["state"], row["reason"], row["started_at"]) == ("failed", "image", None), row
+
+
 # -- groups ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def shadowy(place: Place) -> Path:
-    """A file that group 42 may read, as /etc/shadow is."""
-    directory = place.path / "shadowy"
-    directory.mkdir(mode=0o755)
-    file = directory / "file"
-    file.write_text("for group 42\n")
-    os.chown(file, 0, 42)
-    file.chmod(0o640)
-    return directory
-
-
-def test_a_group_file_of_an_image_hands_out_no_group_of_the_host(
-    lab: Engine, server: Server, alice: Account, shadowy: Path
-) -> None:
+def test_a_group_file_of_an_image_hands_out_no_group_of_the_host(plain: Plain, server: Server, defended: Row) -> None:
     """The line ``5001:x:42:`` makes group 42 of the number 5001."""
-    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{shadowy}:/e", image=HOSTILE,
-                      command=("cat", "/e/file"))  # fmt: skip
-    assert done.out == b"for group 42\n"
-    row = submitted(server, alice, image=HOSTILE, script="cat /e/file; id -G", volumes=[f"{shadowy}:/e:ro"])
-    assert "for group 42" not in output(server, row)
-    assert "42" not in output(server, row).split()
+    assert plain.read == "for group 42\n"
+    assert "for group 42" not in output(server, defended)
+    assert "42" not in output(server, defended).split()
 
 
 def test_further_groups_are_not_remapped_either(lab: Engine, server: Server, alice: Account, evil: Callable[..., str],
@@ -272,14 +404,9 @@ def test_further_groups_are_not_remapped_either(lab: Engine, server: Server, ali
 
 
 def test_a_health_check_of_the_job_runs_as_the_job_and_not_with_root_as_its_group(
-    lab: Engine, server: Server, alice: Account, volume: Path
+    plain: Plain, server: Server, alice: Account, volume: Path
 ) -> None:
-    made = lab.docker("run", "--detach", "--user", str(alice.uid), HOSTILE, "sleep", "30").strip()
-    try:
-        assert lab.docker("exec", "--user", str(alice.uid), made, "id", "-g") == "0\n"
-    finally:
-        lab.docker("rm", "--force", "--volumes", made)
-    HOSTILE_MARK.unlink(missing_ok=True)
+    assert plain.group_of_exec == "0"
     row = submitted(
         server, alice, image=HOSTILE, volumes=[f"{volume}:/v"],
         script="for i in $$(seq 100); do [ -s /v/check ] && exit 0; sleep 0.1; done; exit 1",
@@ -355,4 +482,3 @@ def test_a_program_of_an_image_called_like_ours_is_not_run_instead(
     assert output(server, row) == f"{alice.uid}\n"
     found = inspect(lab, row["container"]["id"])["Config"]["Entrypoint"]
     assert found[0].startswith("/.gpujobs-")
-

@@ -147,6 +147,15 @@ def test_a_job_that_mounts_the_servers_socket_is_told_that_it_is_not_for_contain
     assert by_a_job["ask_the_server"] == "EACCES"
 
 
+def test_root_of_a_container_that_has_the_servers_socket_is_not_root_for_the_server(
+    by_root: dict[str, str], lab: Engine, ground: Place
+) -> None:
+    """The kernel names it uid 0 (a container with the host's PID namespace is answered): only the namespace differs."""
+    assert by_root["ask_the_server"] == "done"
+    done = undefended(lab, "--volume", f"{ground.path}:/s", command=("/s/probe", "ask_the_server"))
+    assert results(done.out.decode()) == {"ask_the_server": "EACCES"}
+
+
 def test_what_a_job_left_in_root_and_read_only_directories_is_nothing(
     by_a_job: dict[str, str], stage: dict[str, Path]
 ) -> None:

@@ -3,28 +3,79 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.attacks.tools import output, shell, submitted, undefended
+from tests.attacks.tools import output, raw, request, shell, submission, submitted, undefended
 from tests.e2e.harness import Place, Server, inspect, spec
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
 
 
-@pytest.fixture
-def bobs(place: Place, bob: Account) -> Path:
+@pytest.fixture(scope="module")
+def bobs(ground: Place, bob: Account) -> Path:
     """A directory that anybody might enter, were it not in one of bob's that is his alone."""
-    private = place.volume(bob, "bobs")
+    private = ground.volume(bob, "bobs")
     (private / "below").mkdir()
     (private / "below").chmod(0o777)
     (private / "below/letter").write_text("bob's letter\n")
     return private / "below"
+
+
+@pytest.fixture(scope="module")
+def sealed(ground: Place) -> Path:
+    """A file that is root's alone, in a directory that everybody may look into."""
+    file = ground.path / "sealed"
+    file.write_text("root's secret\n")
+    file.chmod(0o600)
+    return file
+
+
+@pytest.fixture(scope="module")
+def link(ground: Place, alice: Account, bobs: Path) -> Path:
+    """A link of alice's to what is bob's."""
+    found = ground.volume(alice, "links") / "link"
+    found.symlink_to(bobs)
+    return found
+
+
+@pytest.fixture(scope="module")
+def private(ground: Place) -> Path:
+    """A directory that is root's alone, as /root is."""
+    directory = ground.path / "private"
+    directory.mkdir(mode=0o700)
+    (directory / "secret").touch()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def named(lab: Engine, private: Path) -> Iterator[str]:
+    """A named volume that is a directory of root's: driver options of Docker's own driver make one."""
+    name = "gpujobs-attack-options"
+    lab.docker("volume", "create", "--opt", "type=none", "--opt", "o=bind", "--opt", f"device={private}", name)
+    yield name
+    lab.docker("volume", "rm", name)
+
+
+SMUGGLED = "/t:exec,suid,dev,uid=0,mode=4777"
+
+
+@pytest.fixture(scope="module")
+def shown(lab: Engine, bobs: Path, sealed: Path, link: Path, named: str) -> dict[str, str]:
+    """What a container shows to which plain Docker gives them all: it resolves a source as root, who needs no key."""
+    sources = {"below": bobs, "file": sealed, "link": link, "named": named}
+    options = [part for name, source in sources.items() for part in ("--volume", f"{source}:/{name}")]
+    looks = ("cat /below/letter", "cat /file", "cat /link/letter", "ls /named", "grep ' /t ' /proc/mounts")
+    script = "; echo --; ".join(looks)
+    done = undefended(lab, *options, "--tmpfs", SMUGGLED, command=shell(script))
+    assert done.code == 0, done
+    return dict(zip([*sources, "tmpfs"], done.out.decode().split("--\n"), strict=True))
 
 
 def refused(server: Server, alice: Account, source: object, *words: str) -> None:
@@ -37,27 +88,21 @@ def refused(server: Server, alice: Account, source: object, *words: str) -> None
 
 
 def test_a_directory_below_another_accounts_private_one_is_no_volume(
-    lab: Engine, server: Server, alice: Account, bobs: Path
+    shown: dict[str, str], server: Server, alice: Account, bobs: Path
 ) -> None:
-    """Docker resolves a source as root, who need not pass through a door."""
-    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{bobs}:/v", command=("cat", "/v/letter"))
-    assert done.out == b"bob's letter\n"
+    assert shown["below"] == "bob's letter\n"
     refused(server, alice, bobs, "permission denied for gjlab1")
 
 
-def test_a_file_of_roots_is_no_volume(lab: Engine, server: Server, alice: Account, roots: Path) -> None:
-    done = undefended(lab, "--volume", f"{roots}/secret:/v", command=("cat", "/v"))
-    assert done.out == b"root's secret\n"
-    refused(server, alice, roots / "secret", "permission denied for gjlab1")
+def test_a_file_of_roots_is_no_volume(shown: dict[str, str], server: Server, alice: Account, sealed: Path) -> None:
+    assert shown["file"] == "root's secret\n"
+    refused(server, alice, sealed, "permission denied for gjlab1")
 
 
 def test_a_link_to_what_an_account_cannot_open_is_no_volume(
-    lab: Engine, server: Server, alice: Account, bobs: Path, volume: Path
+    shown: dict[str, str], server: Server, alice: Account, link: Path
 ) -> None:
-    link = volume / "link"
-    link.symlink_to(bobs)
-    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{link}:/v", command=("cat", "/v/letter"))
-    assert done.out == b"bob's letter\n"
+    assert shown["link"] == "bob's letter\n"
     refused(server, alice, link, "permission denied for gjlab1")
 
 
@@ -67,22 +112,22 @@ def test_a_link_that_is_swapped_while_jobs_are_made_leads_nowhere_else(
     """Whatever it shows at the instant: what was opened as alice is what is mounted. (The test before this shows where
     Docker goes by such a link.)
     """
-    mine, link, over = volume / "mine", volume / "swapped", threading.Event()
+    mine, swapped, over = volume / "mine", volume / "swapped", threading.Event()
     mine.mkdir()
     (mine / "letter").write_text("alice's own\n")
-    link.symlink_to(bobs)
+    swapped.symlink_to(bobs)
 
     def swap() -> None:
         number = 0
         while not over.wait(0.001):
             new, number = volume / "new", number + 1
             new.symlink_to(mine if number % 2 else bobs)
-            new.replace(link)
+            new.replace(swapped)
 
     swapping = threading.Thread(target=swap)
     swapping.start()
     try:
-        jobs = [server.submit(user=alice, script="cat /v/letter", volumes=[f"{link}:/v:ro"]) for _ in range(2)]
+        jobs = [server.submit(user=alice, script="cat /v/letter", volumes=[f"{swapped}:/v:ro"]) for _ in range(2)]
         rows = [server.ended(job) for job in jobs]
     finally:
         over.set()
@@ -131,15 +176,72 @@ def test_what_is_the_kernels_or_the_servers_is_no_volume(
     refused(server, alice, ours[source], OURS[source][1], "belongs to the server itself")
 
 
-def test_a_volume_within_a_volume_makes_nothing_in_a_directory_of_roots(
-    lab: Engine, server: Server, alice: Account, roots: Path, volume: Path
-) -> None:
-    """The runtime makes a missing mount point as root, in the directory of the host that is mounted there."""
-    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{roots}:/e", "--volume",
-                      f"{volume}:/e/planted")  # fmt: skip
+KINDS = {
+    "a pipe": ("pipe", lambda path: os.mkfifo(path, 0o666), "is a named pipe: only"),
+    "a device": ("node", lambda path: os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(195, 7)), "is a device: only"),
+    "a socket": ("sock", lambda path: os.mknod(path, stat.S_IFSOCK | 0o666), "is a socket: only"),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(ground: Place, alice: Account) -> dict[str, Path]:
+    """Files of alice's that are none, and one that is not there."""
+    directory = ground.volume(alice, "kinds")
+    for name, make, _ in KINDS.values():
+        make(directory / name)
+        os.chown(directory / name, alice.uid, alice.gid)
+    return {**{what: directory / name for what, (name, _, _) in KINDS.items()}, "nothing": directory / "nothing"}
+
+
+@pytest.fixture(scope="module")
+def taken_by_docker(lab: Engine, kinds: dict[str, Path]) -> list[str]:
+    """The kinds of file that a container sees to which plain Docker gives them, and who owns what was not there."""
+    shown = [part for number, path in enumerate(kinds.values()) for part in ("--volume", f"{path}:/v{number}")]
+    done = undefended(lab, *shown, command=("ls", "-ldn", *(f"/v{number}" for number in range(len(kinds)))))
     assert done.code == 0, done
-    assert (roots / "planted").stat().st_uid == 0
-    (roots / "planted").rmdir()
+    made = kinds["nothing"]
+    owner = made.stat().st_uid
+    made.rmdir()
+    return [*(line[0] for line in done.out.decode().splitlines()), str(owner)]
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_a_file_that_is_none_is_no_volume_also_where_it_is_ones_own(
+    server: Server, alice: Account, kinds: dict[str, Path], taken_by_docker: list[str], what: str
+) -> None:
+    """A pipe holds up whoever opens it, a device opens what its numbers say, a socket is somebody's service."""
+    assert taken_by_docker[:3] == ["p", "c", "s"]
+    refused(server, alice, kinds[what], KINDS[what][2])
+
+
+def test_a_source_that_is_not_there_is_not_made_as_root(
+    server: Server, alice: Account, kinds: dict[str, Path], taken_by_docker: list[str]
+) -> None:
+    assert taken_by_docker[3:] == ["d", "0"]
+    refused(server, alice, kinds["nothing"], "no such directory")
+    assert not kinds["nothing"].exists()
+
+
+@pytest.fixture(scope="module")
+def planted_by_docker(lab: Engine, ground: Place, alice: Account) -> dict[str, int]:
+    """Who owns what a container of plain Docker's left in a directory of root's: the runtime makes, as root, what is
+    missing of mount points and working directories, also where a link leads there.
+    """
+    directory, volume = ground.path / "planted-in", ground.volume(alice, "leads")
+    directory.mkdir(mode=0o755)
+    (volume / "in").symlink_to("/e/by-link")
+    done = undefended(
+        lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{directory}:/e", "--volume", f"{volume}:/e/by-mount",
+        "--volume", f"{volume}:/a", "--volume", f"{volume}:/a/in", "--workdir", "/e/by-workdir",
+    )  # fmt: skip
+    assert done.code == 0, done
+    return {path.name: path.stat().st_uid for path in directory.iterdir()}
+
+
+def test_a_volume_within_a_volume_makes_nothing_in_a_directory_of_roots(
+    planted_by_docker: dict[str, int], server: Server, alice: Account, roots: Path, volume: Path
+) -> None:
+    assert planted_by_docker["by-mount"] == 0
     done = server.run(user=alice, script="true", volumes=[f"{roots}:/e", f"{volume}:/e/planted"])
     assert done.code == 1
     assert "permission denied for gjlab1" in done.words
@@ -147,12 +249,9 @@ def test_a_volume_within_a_volume_makes_nothing_in_a_directory_of_roots(
 
 
 def test_a_working_directory_makes_nothing_in_a_directory_of_roots(
-    lab: Engine, server: Server, alice: Account, roots: Path
+    planted_by_docker: dict[str, int], server: Server, alice: Account, roots: Path
 ) -> None:
-    done = undefended(lab, "--user", f"{alice.uid}:{alice.gid}", "--volume", f"{roots}:/e", "--workdir", "/e/planted")
-    assert done.code == 0, done
-    assert (roots / "planted").stat().st_uid == 0
-    (roots / "planted").rmdir()
+    assert planted_by_docker["by-workdir"] == 0
     done = server.run(user=alice, script="true", volumes=[f"{roots}:/e"], working_dir="/e/planted")
     assert done.code == 1
     assert "permission denied for gjlab1" in done.words
@@ -172,41 +271,26 @@ def test_mount_points_and_working_directories_in_ones_own_volume_are_ones_own(
 
 
 def test_a_mount_point_made_by_race_in_a_directory_of_roots_is_not_made(
-    lab: Engine, server: Server, alice: Account, roots: Path, volume: Path
+    planted_by_docker: dict[str, int], server: Server, alice: Account, roots: Path, volume: Path
 ) -> None:
     """A link in the volume, put there after the server has looked, leads the runtime into the other volume."""
+    assert planted_by_docker["by-link"] == 0
     (volume / "in").symlink_to("/e/planted")
-    done = undefended(lab, "--volume", f"{roots}:/e", "--volume", f"{volume}:/a", "--volume", f"{volume}:/a/in")
-    assert (roots / "planted").exists(), done
-    (roots / "planted").rmdir()
     row = submitted(server, alice, script="true", volumes=[f"{roots}:/e", f"{volume}:/a", f"{volume}:/a/in"])
     assert (row["state"], row["started_at"]) == ("failed", None), row
     assert not (roots / "planted").exists()
 
 
-@pytest.fixture
-def named(lab: Engine) -> Iterator[str]:
-    """A named volume that is a directory of root's: driver options of Docker's own driver make one."""
-    name = "gpujobs-attack-options"
-    lab.docker("volume", "create", "--opt", "type=none", "--opt", "o=bind", "--opt", "device=/root", name)
-    yield name
-    lab.docker("volume", "rm", name)
-
-
 def test_a_named_volume_is_a_directory_of_ones_own_whatever_the_engine_has_of_that_name(
-    lab: Engine, server: Server, alice: Account, named: str
+    shown: dict[str, str], lab: Engine, server: Server, alice: Account, named: str, private: Path
 ) -> None:
-    done = undefended(lab, "--volume", f"{named}:/v", command=("ls", "-a", "/v"))
-    assert b"." in done.out.split()
-    assert done.code == 0, done
-    inside = subprocess.run(["ls", "-a", "/root"], capture_output=True, check=True).stdout.split()
-    assert done.out.split() == inside
+    assert shown["named"].split() == ["secret"]
     row = submitted(server, alice, script="ls -A /v; touch /v/mine", volumes=[f"{named}:/v"])
     assert row["state"] == "succeeded", row
     assert output(server, row) == ""
     mounts = inspect(lab, row["container"]["id"])["Mounts"]
     assert not [mount for mount in mounts if mount["Type"] == "volume"]
-    assert not Path("/root/mine").exists()
+    assert not (private / "mine").exists()
     ours = alice.home / ".local/share/gpujobs/volumes" / named
     assert (ours / "mine").stat().st_uid == alice.uid
     shutil.rmtree(ours)
@@ -256,9 +340,9 @@ def test_a_place_that_is_the_kernels_the_runtimes_or_the_inits_is_no_target(
 ) -> None:
     for kind in ("bind", "tmpfs"):
         entry = {"type": kind, "target": target, **({"source": str(volume)} if kind == "bind" else {})}
-        done = server.run(user=alice, script="true", volumes=[entry])
-        assert done.code == 2, done
-        assert "mounted" in done.words
+        answer = raw(server, alice, request("POST", "/v1/jobs", submission({"script": "true", "volumes": [entry]})))
+        assert (answer.status, answer.body["exit"]) == (400, 2), answer
+        assert "mounted" in answer.text
 
 
 def test_a_target_that_the_runtime_takes_for_a_request_gives_gpus_to_who_may_name_it(
@@ -275,14 +359,11 @@ def test_a_target_that_the_runtime_takes_for_a_request_gives_gpus_to_who_may_nam
 
 
 def test_options_of_a_tmpfs_cannot_be_smuggled_in_through_its_target(
-    lab: Engine, server: Server, alice: Account
+    shown: dict[str, str], server: Server, alice: Account
 ) -> None:
-    done = undefended(lab, "--tmpfs", "/t:exec,suid,dev,uid=0,mode=4777", command=shell("grep ' /t ' /proc/mounts"))
-    assert b"nosuid" not in done.out
-    assert done.code == 0, done
-    target = "/t:exec,suid,dev,uid=0,mode=4777"
+    assert "nosuid" not in shown["tmpfs"]
     row = submitted(server, alice, script="grep ' /t' /proc/mounts; touch /t*/x",
-                    volumes=[{"type": "tmpfs", "target": target, "tmpfs": {"size": "1m"}}])  # fmt: skip
+                    volumes=[{"type": "tmpfs", "target": SMUGGLED, "tmpfs": {"size": "1m"}}])  # fmt: skip
     if row["state"] == "failed":
         assert row["started_at"] is None or row["exit_code"] != 0
         return

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 
 import pytest
 
 from tests.attacks.tools import output, shell, submitted, undefended
-from tests.e2e.harness import BUSYBOX, Server, inspect
+from tests.e2e.harness import BUSYBOX, Row, Server, inspect, run
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
+
+LOW = 1023
+"""A port that only root may take."""
+
+BIND = f"import socket; socket.socket().bind(('127.0.0.1', {LOW}))"
 
 LISTEN = "while true; do echo from a stranger | nc -l -p 5000; done"
 ASK = "nc -w 2 {address} 5000 < /dev/null"
@@ -23,27 +27,51 @@ def address_of(lab: Engine, container: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def bobs_service(server: Server, lab: Engine, bob: Account) -> Iterator[str]:
-    """The address of a job of bob's that listens."""
-    job = server.submit(user=bob, script=LISTEN, cpus=0.1)
-    row = server.until(job, "running")
-    yield address_of(lab, row["container"]["id"])
+def bobs_container(server: Server, bob: Account) -> Iterator[str]:
+    """A job of bob's that listens and publishes its port."""
+    job = server.submit(user=bob, script=LISTEN, ports=["5000"], cpus=0.1)
+    yield server.until(job, "running")["container"]["id"]
     assert server.cli("cancel", job, user=bob).code == 0
     server.ended(job)
 
 
 @pytest.fixture(scope="module")
-def by_hand(lab: Engine) -> Iterator[str]:
-    """The address of a container on the Engine's default network, made without gpujobs, that listens."""
-    made = lab.docker("run", "--detach", BUSYBOX, *shell(LISTEN)).strip()
-    yield address_of(lab, made)
+def bobs_service(lab: Engine, bobs_container: str) -> str:
+    """Its address."""
+    return address_of(lab, bobs_container)
+
+
+@pytest.fixture(scope="module")
+def container_by_hand(lab: Engine) -> Iterator[str]:
+    """A container on the Engine's default network, made without gpujobs, that listens and publishes two ports."""
+    ports = ("--publish", "5000", "--publish", f"127.0.0.1:{LOW}:5001")
+    made = lab.docker("run", "--detach", *ports, BUSYBOX, *shell(LISTEN)).strip()
+    yield made
     lab.docker("rm", "--force", made)
 
 
-def test_containers_on_the_default_network_reach_each_other(lab: Engine, by_hand: str) -> None:
+@pytest.fixture(scope="module")
+def by_hand(lab: Engine, container_by_hand: str) -> str:
+    """Its address."""
+    return address_of(lab, container_by_hand)
+
+
+@pytest.fixture(scope="module")
+def published_by_docker(lab: Engine, container_by_hand: str) -> dict[str, list[Row]]:
+    """Where Docker publishes ports for whoever asks."""
+    return dict(inspect(lab, container_by_hand)["NetworkSettings"]["Ports"])
+
+
+@pytest.fixture(scope="module")
+def strangers_look(lab: Engine, by_hand: str, bobs_service: str) -> list[str]:
+    """What a container by hand hears from another one, and from a job of bob's."""
+    script = f"{ASK.format(address=by_hand)}; echo $?; {ASK.format(address=bobs_service)}; echo $?"
+    return undefended(lab, command=shell(script)).out.decode().splitlines()
+
+
+def test_containers_on_the_default_network_reach_each_other(strangers_look: list[str]) -> None:
     """What jobs would be on without a network of their own."""
-    done = undefended(lab, command=shell(ASK.format(address=by_hand)))
-    assert done.out == b"from a stranger\n"
+    assert strangers_look[:2] == ["from a stranger", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +97,8 @@ def test_a_job_has_no_address_of_the_other_protocol_that_no_rule_is_about(alices
     assert not [line for line in alices_look[2:] if "fe80" in line]
 
 
-def test_a_container_by_hand_does_not_reach_a_job(lab: Engine, bobs_service: str) -> None:
-    done = undefended(lab, command=shell(ASK.format(address=bobs_service)))
-    assert done.out == b""
-    assert done.code == 1
+def test_a_container_by_hand_does_not_reach_a_job(strangers_look: list[str]) -> None:
+    assert strangers_look[2:] == ["1"]
 
 
 def test_the_network_of_jobs_lets_nobody_talk(lab: Engine, bobs_service: str) -> None:
@@ -80,25 +106,27 @@ def test_the_network_of_jobs_lets_nobody_talk(lab: Engine, bobs_service: str) ->
     assert found["Options"] == {"com.docker.network.bridge.enable_icc": "false"}
 
 
-@contextlib.contextmanager
-def published(server: Server, user: Account, port: object) -> Iterator[str]:
-    job = server.submit(user=user, script=LISTEN, ports=[port], cpus=0.1)
-    try:
-        yield server.until(job, "running")["container"]["id"]
-    finally:
-        assert server.cli("cancel", job, user=user).code == 0
-        server.ended(job)
-
-
-def test_a_port_is_on_loopback_unless_it_is_said_otherwise(
-    lab: Engine, server: Server, alice: Account
+def test_a_port_is_on_loopback_unless_it_is_allowed_otherwise(
+    lab: Engine, bobs_container: str, published_by_docker: dict[str, list[Row]]
 ) -> None:
-    made = lab.docker("run", "--detach", "--publish", "5000", BUSYBOX, "sleep", "60").strip()
-    try:
-        bindings = inspect(lab, made)["NetworkSettings"]["Ports"]["5000/tcp"]
-        assert "0.0.0.0" in {binding["HostIp"] for binding in bindings}
-    finally:
-        lab.docker("rm", "--force", made)
-    with published(server, alice, "5000") as container:
-        bindings = inspect(lab, container)["NetworkSettings"]["Ports"]["5000/tcp"]
-        assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
+    assert "0.0.0.0" in {binding["HostIp"] for binding in published_by_docker["5000/tcp"]}
+    bindings = inspect(lab, bobs_container)["NetworkSettings"]["Ports"]["5000/tcp"]
+    assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("port", "words"),
+    [("0.0.0.0:5000:5000", "ports beyond 127.0.0.1"), ("[::]:5000:5000", "ports beyond 127.0.0.1"),
+     (f"{LOW}:5000", "the machine's own below 1024"), (f"127.0.0.1:{LOW - 1}-{LOW + 1}:5000-5002", "below 1024")],
+)  # fmt: skip
+def test_a_port_that_a_shell_could_not_take_or_that_others_reach_is_not_published(
+    server: Server, alice: Account, published_by_docker: dict[str, list[Row]], port: str, words: str
+) -> None:
+    """Docker publishes as root: what listens there would pass for a service of the machine's."""
+    assert published_by_docker["5001/tcp"] == [{"HostIp": "127.0.0.1", "HostPort": str(LOW)}]
+    shells = run(["/usr/bin/python3", "-c", BIND], {}, user=alice)
+    assert "PermissionError" in shells.words
+    done = server.run(user=alice, script="true", ports=[port])
+    assert (done.code, done.out) == (3, b""), done
+    assert words in done.words
+    assert "The administrator decides" in done.words

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import pytest
 
-from tests.attacks.tools import output, shell, submitted, undefended
+from tests.attacks.tools import Answer, output, raw, request, shell, submission, submitted, undefended
 from tests.e2e.harness import BUSYBOX, CUDA_LIKE, GPUJOBS, Done, Server, inspect, run
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
@@ -39,6 +40,11 @@ ASKING = {
     "a NUL in a value": 'environment: {A: "1\\0NVIDIA_VISIBLE_DEVICES=all"}',
     "capabilities": "environment: {NVIDIA_DRIVER_CAPABILITIES: all}",
     "MIG": "environment: {NVIDIA_MIG_CONFIG_DEVICES: all}",
+    "MIG's monitor": "environment: {NVIDIA_MIG_MONITOR_DEVICES: all}",
+    "IMEX": "environment: {NVIDIA_IMEX_CHANNELS: 0}",
+    "GDS": "environment: {NVIDIA_GDS: enabled}",
+    "MOFED": "environment: {NVIDIA_MOFED: enabled}",
+    "any of NVIDIA's": "environment: {NVIDIA_WHATEVER_COMES_NEXT: 1}",
     "our own": "environment: {GPUJOBS_JOB_ID: 1}",
 }
 
@@ -81,6 +87,71 @@ def test_a_variable_of_nearly_that_name_is_only_a_variable(
     assert [entry for entry in entries if entry.startswith("NVIDIA_VIS")] == ["NVIDIA_VISIBLE_DEVICES=void"]
 
 
+# -- what the server knows and the submitter does not ------------------------------------------------------------
+
+
+def planned(server: Server, user: Account, text: str, **more: object) -> Answer:
+    """What the server says to a job file that comes past our clients; nothing is run."""
+    body = {"files": [{"text": f"name: t\nimage: {BUSYBOX}\ncommand: [env]\n{text}\n", "file": "/v/x"}], **more}
+    return raw(server, user, request("POST", "/v1/plan", body))
+
+
+@pytest.mark.parametrize(
+    "text", ["environment: {A: '${NAME}'}", "environment: [NAME]", "volumes: ['${NAME}:/v']", "working_dir: /${NAME}"]
+)
+@pytest.mark.parametrize("name", ["DOCKER_HOST", "GPUJOBS_STATE", "LD_LIBRARY_PATH"])
+def test_no_value_of_the_servers_own_environment_comes_into_a_job(
+    server: Server, alice: Account, text: str, name: str
+) -> None:
+    held = dict(entry.partition("=")[::2] for entry in
+                Path(f"/proc/{server.pid}/environ").read_text().split("\0"))  # fmt: skip
+    assert string.Template("${" + name + "}").substitute(held) == held[name], "where it is filled in by the server"
+    answer = planned(server, alice, text.replace("NAME", name))
+    assert (answer.status, answer.body["exit"]) == (400, 2), answer
+    assert held[name] not in answer.text
+    answer = planned(server, alice, text.replace("NAME", name), variables={name: "/mine"})
+    assert held[name] not in answer.text
+
+
+def test_a_file_of_variables_is_never_read_by_the_server(server: Server, alice: Account, roots: Path) -> None:
+    """The client reads it, as who it is, and sends what is in it."""
+    file = roots / "secret"
+    file.write_text("SECRET=of-root\n")
+    assert file.read_text() == "SECRET=of-root\n", "the server, as root, could"
+    for word in (str(file), f"file://{file}", f"../../../{file}"):
+        answer = planned(server, alice, f"env_file: {word}")
+        assert (answer.status, answer.body["exit"]) == (400, 2), answer
+        assert "of-root" not in answer.text
+    (roots / "job.yaml").write_text(f"name: t\nimage: {BUSYBOX}\ncommand: [env]\nenv_file: {file}\n")
+    done = server.cli("run", str(roots / "job.yaml"), user=alice)
+    assert (done.code, done.out) == (2, b""), done
+    assert "was not found or cannot be read" in done.words
+
+
+EXPRESSIONS = ("{{ a.__class__ }}", "{{ 7 * 7 }}", "{{ a | e }}", "{{ [].__class__ }}", "{{ a['x'] }}", "{{ self }}",
+               "{{ b }}{{ a.real }}")  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_an_expression_in_a_job_file_is_never_worked_out(server: Server, alice: Account, expression: str) -> None:
+    trusting = "{a.__class__}"
+    assert "class" in trusting.format(a=1), "what a format of Python's, or an engine of templates, does"
+    labels = json.dumps({"x": "{{ b }}", "y": expression})
+    answer = planned(server, alice, f"matrix: {{a: [1], b: [2]}}\nlabels: {labels}")
+    assert (answer.status, answer.body["exit"]) == (400, 2), answer
+    assert "no matrix name" in answer.text or "names no axis" in answer.text
+    assert "class '" not in answer.text
+
+
+@pytest.mark.parametrize("text", ["${A:-${B}}", "{% for x in a %}", "<%= 7 * 7 %>", "#{7*7}", "$$(id)", "`id`", "%x%"])
+def test_what_other_programs_work_out_is_a_text_like_any_other(server: Server, alice: Account, text: str) -> None:
+    done = run(["sh", "-c", 'eval "echo $1"', "sh", "$(id -u)"], {}, user=alice)
+    assert done.out == f"{alice.uid}\n".encode(), "what a shell makes of such a text"
+    answer = planned(server, alice, f"working_dir: {json.dumps('/' + text)}", variables={"B": "$(id)"})
+    assert answer.status == 200, answer
+    assert {"${A:-${B}}": "$(id)", "$$(id)": "$(id)"}.get(text, text) in answer.body["docker_run"], answer
+
+
 KEYS = {
     "privileged": True, "devices": ["/dev/nvidia7:/dev/nvidia7"], "device_requests": [{"count": -1}],
     "cap_add": ["SYS_ADMIN"], "security_opt": ["seccomp=unconfined"], "pid": "host", "userns_mode": "host",
@@ -106,11 +177,9 @@ def privileged(lab: Engine) -> None:
 def test_a_key_that_would_give_more_is_refused_and_never_passed_through(
     privileged: None, server: Server, alice: Account, key: str
 ) -> None:
-    text = json.dumps({"name": "t", "image": BUSYBOX, "command": "true", key: KEYS[key]})
-    done = server.cli("run", "-", user=alice, stdin=text.encode())
-    assert done.code in (2, 3), done
-    assert done.out == b""
-    assert key in done.words
+    answer = raw(server, alice, request("POST", "/v1/jobs", submission({"command": "true", key: KEYS[key]})))
+    assert answer.body["exit"] in (2, 3), answer
+    assert key in answer.text
 
 
 @pytest.mark.parametrize(
@@ -127,6 +196,6 @@ def test_a_key_that_would_give_more_is_refused_and_never_passed_through(
     ids=lambda keys: json.dumps(keys)[:40],
 )  # fmt: skip
 def test_a_value_beyond_its_bounds_is_bad_input(server: Server, alice: Account, keys: dict[str, object]) -> None:
-    done = server.run(user=alice, **{"script": "true", **keys})
-    assert (done.code, done.out) in ((2, b""), (3, b"")), done
-    assert "Traceback" not in done.words
+    answer = raw(server, alice, request("POST", "/v1/jobs", submission({"script": "true", **keys})))
+    assert answer.body["exit"] in (2, 3), answer
+    assert "Traceback" not in answer.text

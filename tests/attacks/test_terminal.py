@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
+import re
 import sqlite3
 import subprocess
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.attacks.tools import output, submitted
-from tests.e2e.harness import GPUJOBS, Place, Row, Server, inspect, spec
+from tests.e2e.harness import BUSYBOX, GPUJOBS, Place, Row, Server, inspect, spec, wait_for
+from tests.lab import nvml
 from tests.lab.accounts import Account, command_as
 from tests.lab.engine import Engine
 
@@ -88,6 +92,69 @@ def test_nothing_in_a_table_acts_on_a_terminal(
         assert r"\x1b]0;owned\x07" in told
 
 
+@pytest.fixture
+def strangers(server: Server, nvml_state: Path, bob: Account, lab: Engine) -> Iterator[None]:
+    """A process of bob's and a container by hand that hold GPUs, both of hostile names."""
+    sleeper = subprocess.Popen([f"/usr/bin/{OSC}{BIDI}", "60"], executable="/usr/bin/sleep", user=bob.uid)
+    machine = nvml.dgx_a100().fit_host()
+    uuid = machine.gpus[1].uuid
+    machine.gpus[0].processes = [nvml.Process(sleeper.pid, memory=1 << 30, name=f"/usr/bin/{OSC}{CLEAR}")]
+    machine.write(nvml_state)
+    made = lab.docker("create", "--runtime", "nvidia", "--env", f"NVIDIA_VISIBLE_DEVICES={uuid}", "--label",
+                      "gpujobs.server=other", "--label", f"gpujobs.job={OSC}{C1}", BUSYBOX, "true").strip()  # fmt: skip
+    yield
+    lab.docker("rm", made)
+    sleeper.kill()
+    sleeper.wait()
+    machine.gpus[0].processes = []
+    machine.write(nvml_state)
+    wait_for(lambda: not any(gpu["avoided"] or gpu["processes"] for gpu in server.get("/gpus")["gpus"]), "all is free")
+
+
+def test_who_holds_a_gpu_is_told_without_obeying_their_names(
+    server: Server, alice: Account, strangers: None
+) -> None:
+    job = server.submit(user=alice, gpus=8, script="true")
+    try:
+        seen = wait_for(
+            lambda: found if (found := server.get("/gpus")["gpus"])[0]["processes"] and found[1]["avoided"] else None,
+            "both are seen",
+        )
+        assert OSC in str(seen[0]["processes"][0]["name"]) + seen[1]["avoided"], "the API gives it as it is"
+        wait_for(lambda: server.job(job)["message"], "the wait is explained")
+        for command in (["gpus"], ["ps"], ["show", job]):
+            done = server.cli(*command, user=alice)
+            assert done.code == 0, done
+            assert not [char for char in ACTIVE if char in done.out.decode() + done.words], command
+    finally:
+        assert server.cli("cancel", job, user=alice).code == 0
+
+
+def test_an_end_is_told_without_obeying_what_the_program_was_called(server: Server, alice: Account) -> None:
+    row = submitted(server, alice, command=[f"/no/{OSC}{BIDI}{CLEAR}"])
+    assert row["state"] == "failed", row
+    for command in (["ps", "--all"], ["show", str(row["id"])], ["wait", str(row["id"])]):
+        told = server.cli(*command)
+        assert not [char for char in ACTIVE if char in told.out.decode() + told.words], command
+    assert not [char for char in ACTIVE if char in server.said]
+
+
+@pytest.mark.parametrize("command", [["plan"], ["plan", "--as", "compose"], ["plan", "--as", "docker"], ["check"]])
+def test_a_job_file_of_somebody_else_is_looked_at_without_obeying_it(
+    server: Server, bob: Account, volume: Path, command: list[str]
+) -> None:
+    """A file that was sent by somebody is looked at before it is run."""
+    file = volume / "job.yaml"
+    file.write_bytes(spec(command=["echo", OSC, CLEAR, BIDI, C1, HIDDEN], labels={"a": OSC}, environment={"A": BIDI}))
+    assert OSC in json.loads(file.read_text())["command"]
+    volume.chmod(0o755)
+    told = on_a_terminal(server, bob, *command, str(file)).decode().replace("\r\n", "\n")
+    assert not [char for char in ACTIVE if char in COLOUR.sub("", told)]
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
 def on_a_terminal(server: Server, user: Account | None, *args: str) -> bytes:
     """What a command writes to a terminal."""
     leader, follower = pty.openpty()
@@ -108,22 +175,32 @@ def on_a_terminal(server: Server, user: Account | None, *args: str) -> bytes:
 SCREEN = r"printf '\033]0;owned\007\302\233\342\200\256evil\r12_0 | not my line\n'"
 
 
-def test_lines_behind_a_prefix_are_shown_on_a_terminal_and_not_obeyed(server: Server, alice: Account) -> None:
+@pytest.fixture(scope="module")
+def screens(server: Server, alice: Account) -> str:
+    """An array of alice's whose elements write what acts on a terminal."""
     job = server.submit(user=alice, script=f"{SCREEN} # {{{{ a }}}}", matrix={"a": [1, 2]}, cpus=0.1)
     assert server.cli("wait", job, user=alice, timeout=120).code == 0
-    to_a_pipe = server.cli("logs", job, user=alice).out
+    return job
+
+
+def test_lines_behind_a_prefix_are_shown_on_a_terminal_and_not_obeyed(
+    server: Server, alice: Account, screens: str
+) -> None:
+    to_a_pipe = server.cli("logs", screens, user=alice).out
     assert b"\x1b]0;owned" in to_a_pipe, "data passes as it is"
-    lines = on_a_terminal(server, alice, "logs", job).decode().replace("\r\n", "\n").splitlines()
+    lines = on_a_terminal(server, alice, "logs", screens).decode().replace("\r\n", "\n").splitlines()
     assert len(lines) == 2
     assert not [char for line in lines for char in ACTIVE if char in line]
-    assert all(line.startswith(f"{job}_") for line in lines)
+    assert all(line.startswith(f"{screens}_") for line in lines)
 
 
-def test_the_log_of_somebody_else_is_shown_on_a_terminal_and_not_obeyed(server: Server, alice: Account) -> None:
-    row = submitted(server, alice, script=SCREEN)
-    assert server.cli("logs", str(row["id"]), user=alice).out.startswith(b"\x1b]0;owned\x07\xc2\x9b")
-    assert b"\x1b]0;owned" in on_a_terminal(server, alice, "logs", str(row["id"])), "one's own is one's own"
-    told = on_a_terminal(server, None, "logs", str(row["id"])).decode().replace("\r\n", "\n")
+def test_the_log_of_somebody_else_is_shown_on_a_terminal_and_not_obeyed(
+    server: Server, alice: Account, screens: str
+) -> None:
+    job = f"{screens}_0"
+    assert server.cli("logs", job, user=alice).out.startswith(b"\x1b]0;owned\x07\xc2\x9b")
+    assert b"\x1b]0;owned" in on_a_terminal(server, alice, "logs", job), "one's own is one's own"
+    told = on_a_terminal(server, None, "logs", job).decode().replace("\r\n", "\n")
     assert not [char for char in ACTIVE if char in told]
     assert r"\x1b]0;owned\x07" in told
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import subprocess
 import tarfile
 import tempfile
@@ -13,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.harness import BUSYBOX, Done, Row, Server, run
+from tests.e2e.harness import BUSYBOX, Done, Row, Server, run, spec
+from tests.lab import images
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
 
@@ -57,24 +57,16 @@ class Evil:
 
 
 def import_image(lab: Engine, reference: str, evil: Evil, probe: Path) -> None:
-    """Make such an image of the lab's busybox and ``docker import``."""
-    root = subprocess.run(
-        ["docker", "create", BUSYBOX, "true"], env=lab.environment(), check=True, capture_output=True, text=True
-    ).stdout.strip()
-    try:
-        with tempfile.TemporaryFile() as exported, tempfile.TemporaryFile() as made:
-            subprocess.run(["docker", "export", root], env=lab.environment(), check=True, stdout=exported)
-            exported.seek(0)
-            _rewrite(exported, made, evil, probe)
-            made.seek(0)
-            lines = ("ENV PATH=/bin", 'CMD ["sh"]', *evil.changes)
-            changes = [part for line in lines for part in ("--change", line)]
-            subprocess.run(
-                ["docker", "import", *changes, "-", reference], env=lab.environment(), check=True, stdin=made,
-                stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-    finally:
-        lab.docker("rm", root)
+    """Make such an image of the files of the lab's busybox, by `docker import`."""
+    lines = ("ENV PATH=/bin", 'CMD ["sh"]', *evil.changes)
+    changes = [part for line in lines for part in ("--change", line)]
+    with images.recipes()[BUSYBOX].root().open("rb") as root, tempfile.TemporaryFile() as made:
+        _rewrite(root, made, evil, probe)
+        made.seek(0)
+        subprocess.run(
+            ["docker", "import", *changes, "-", reference], env=lab.environment(), check=True, stdin=made,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
 
 
 def _rewrite(source: Any, target: Any, evil: Evil, probe: Path) -> None:
@@ -126,7 +118,7 @@ try:
     connection.sendall(sys.stdin.buffer.read())
 except OSError:
     pass
-connection.settimeout(1.5)  # after which a request that has no end is ended
+connection.settimeout(float(sys.argv[2]))  # after which a request that has no end is ended
 try:
     while True:
         try:
@@ -156,9 +148,18 @@ class Answer:
         return json.loads(self.text)
 
 
-def raw(server: Server, user: Account | None, data: bytes) -> Answer:
-    """Send bytes to the server's socket as an account and read to the end; the first answer."""
-    done = run(["/usr/bin/python3", "-c", _ASK, str(server.socket)], {}, user=user, stdin=data)
+def raw(server: Server, user: Account | None, data: bytes, *within: str, patience: float = 20.0) -> Answer:
+    """Send bytes to the server's socket as an account and read to the end; the first answer.
+
+    Args:
+        server: Whose socket it is.
+        user: The account; root where there is none.
+        data: The bytes.
+        within: A command that runs another, and so says in what the process is that connects.
+        patience: Seconds without an answer after which the request is ended, where it does not end by itself.
+    """
+    argv = [*within, "/usr/bin/python3", "-c", _ASK, str(server.socket), str(patience)]
+    done = run(argv, {}, user=user, stdin=data)
     assert done.code == 0, done
     head, _, body = done.out.partition(b"\r\n\r\n")
     if not head:
@@ -175,9 +176,14 @@ def request(method: str, path: str, body: object | bytes | None = None, headers:
     return f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{length}{headers}\r\n".encode() + content
 
 
-def peer_of_nothing(path: Path) -> socket.socket:
-    """A socket that listens at a path, as an account's own server would."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen(8)
-    return listener
+def submission(job: Mapping[str, object] | None = None, **more: object) -> dict[str, object]:
+    """The body of a submission of one job file.
+
+    Args:
+        job: Its keys; by default it tells who it is.
+        more: What else is in the body.
+    """
+    text = json.loads(spec(**(job or {"command": ["id", "-u"]})))
+    if "build" in text:
+        del text["image"]
+    return {"files": [{"text": json.dumps(text), "file": "x", "directory": "/"}], **more}

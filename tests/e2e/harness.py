@@ -159,6 +159,14 @@ class Server:
         assert out.read_text() == f"listening on {self.host}\n"
         return self
 
+    def reload(self, settings: str) -> None:
+        """Give it other settings while it runs; returns when they hold."""
+        read = "the settings were read again"
+        before = self.said.count(read)
+        self.settings.write_text(settings)
+        os.kill(self.pid, signal.SIGHUP)
+        wait_for(lambda: self.said.count(read) > before, lambda: f"the settings are read: {self.said[-2000:]}")
+
     def stop(self) -> int:
         """End it in order; returns its exit code."""
         if self._process is None:
@@ -301,12 +309,12 @@ for minor in range(int(sys.argv[2])):
 """
 
 
-def device_cgroup(pid: int) -> Path:
-    """The directory of the cgroup that governs a process's devices, v1's or the unified one."""
+def cgroup_of(pid: int, controller: str) -> Path:
+    """The directory of the cgroup in which a controller governs a process, v1's or the unified one."""
     lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
     for _, controllers, path in lines:
-        if controllers == "devices":
-            return Path("/sys/fs/cgroup/devices" + path)
+        if controller in controllers.split(","):
+            return Path(f"/sys/fs/cgroup/{controllers}{path}")
     return next(Path("/sys/fs/cgroup" + path) for number, _, path in lines if number == "0")
 
 
@@ -316,7 +324,7 @@ def openings(pid: int, nodes: int = 8) -> dict[int, str]:
     There is no driver behind the lab's nodes: an allowed one answers ENXIO, one that the cgroup denies EPERM.
     """
     ended = subprocess.run(
-        ["/usr/bin/python3", "-c", _OPENER, str(device_cgroup(pid) / "cgroup.procs"), str(nodes)],
+        ["/usr/bin/python3", "-c", _OPENER, str(cgroup_of(pid, "devices") / "cgroup.procs"), str(nodes)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return {int(minor): word for minor, word in (line.split() for line in ended.stdout.splitlines())}

@@ -35,14 +35,6 @@ def words(done: Done, code: int) -> str:
     return done.words
 
 
-def reload(server: Server, settings: str) -> None:
-    """Give a running server other settings."""
-    before = server.said.count("the settings were read again")
-    server.settings.write_text(settings)
-    os.kill(server.pid, signal.SIGHUP)
-    wait_for(lambda: server.said.count("the settings were read again") > before, "the settings are read")
-
-
 def mode(server: Server) -> int:
     return stat.S_IMODE(server.socket.stat().st_mode)
 
@@ -76,10 +68,10 @@ def test_a_star_opens_the_socket_to_all_and_a_reload_closes_it_again(
         capture_output=True, text=True, check=False, cwd="/",
     )  # fmt: skip
     assert "uid 4987 has no account on this machine" in nameless.stdout, nameless
-    reload(server, "users: []")
+    server.reload("users: []")
     assert mode(server) == 0o660
     words(server.cli("ps", user=outsider), 3)
-    reload(server, "users: ['*']")
+    server.reload("users: ['*']")
     assert server.cli("ps", user=outsider).code == 0
 
 
@@ -91,11 +83,11 @@ def test_listed_users_are_those_of_the_sockets_group_that_are_named(
     assert server.run(user=alice, script="true").code == 0
     assert f"{bob.name} may not use this server" in words(server.cli("ps", user=bob), 3)
     with membership("gjextra", bob):
-        reload(server, f"users: [{alice.name}, '@gjextra']")
+        server.reload(f"users: [{alice.name}, '@gjextra']")
         assert server.cli("ps", user=bob).code == 0
-    reload(server, f"users: [{alice.name}, '@gjextra']")
+    server.reload(f"users: [{alice.name}, '@gjextra']")
     assert server.cli("ps", user=bob).code == 3
-    reload(server, f"{{users: [{alice.name}], admins: [{bob.name}]}}")
+    server.reload(f"{{users: [{alice.name}], admins: [{bob.name}]}}")
     assert server.cli("ps", user=bob).code == 0
 
 
@@ -111,7 +103,7 @@ def test_administrators_by_name_or_group_act_on_all_jobs_until_they_are_none(
         done = server.cli("run", "--run-as", alice.name, "-", user=bob, stdin=spec(script="id -un"))
         assert done.out == f"{alice.name}\n".encode(), done
         assert server.cli("run", "--run-as", "root", "-", user=bob, stdin=spec(script="true")).code == 3
-        reload(server, "admins: []")
+        server.reload("admins: []")
         assert f"{alice.name}'s" in words(server.cli("cancel", jobs[1], user=bob), 3)
         words(server.cli("submit", "--run-as", alice.name, "-", user=bob, stdin=spec(script="true")), 3)
 
@@ -226,7 +218,7 @@ def test_jobs_of_an_account_that_has_expired_are_held_and_others_pass_them(
     held = done.out.decode().strip()
     passing = server.submit(user=alice, script="true", gpus=8)
     subprocess.run(["usermod", "--expiredate", "1", expiring.name], check=True)
-    reload(server, "")
+    server.reload("")
     server.cli("cancel", blocker)
     assert server.ended(passing)["state"] == "succeeded"
     row = server.job(held)
@@ -238,7 +230,7 @@ def test_jobs_of_an_account_that_has_expired_are_held_and_others_pass_them(
     server.start()
     wait_for(lambda: server.job(held)["reason"] == "account", lambda: str(server.job(held)))
     subprocess.run(["usermod", "--expiredate", "", expiring.name], check=True)
-    reload(server, "")
+    server.reload("")
     assert server.ended(held)["state"] == "succeeded"
     assert server.cli("logs", held).out == f"{expiring.name}\n".encode()
 
@@ -444,7 +436,7 @@ def test_gated_features_are_refused_by_name_and_work_where_they_are_allowed(
         words(server.cli("plan", "-", user=alice, stdin=spec(script="true", **keys)), 3)
     with membership("gjextra", alice):
         everything = "'@gjextra'"
-        reload(server, f"""
+        server.reload(f"""
 allow:
   ipc: {{host: [{everything}]}}
   network_mode: {{host: [{everything}]}}

@@ -20,7 +20,7 @@ from tests.e2e.harness import (
     Place,
     Row,
     Server,
-    device_cgroup,
+    cgroup_of,
     inspect,
     openings,
     spec,
@@ -98,8 +98,8 @@ def test_two_of_eight_gpus_are_seen_inside_and_the_kernel_denies_the_six_others(
         own = minors(server, row)
         assert len(own) == len(set(own)) == 2
         assert openings(pid) == {minor: "ENXIO" if minor in own else "EPERM" for minor in range(8)}
-        allowed = (device_cgroup(pid) / "devices.list").read_text() if (
-            device_cgroup(pid) / "devices.list").exists() else None
+        allowed = (cgroup_of(pid, "devices") / "devices.list").read_text() if (
+            cgroup_of(pid, "devices") / "devices.list").exists() else None
         if allowed is not None:  # cgroup v2 has no such file; what opening says is all there is to ask
             assert sorted(map(int, re.findall(r"^c 195:(\d+) rwm?$", allowed, re.MULTILINE))) == [*own, 255]
         found = inspect(lab, row["container"]["id"])

@@ -15,32 +15,10 @@ from pathlib import Path
 import pytest
 
 from gpujobs.adapters.servicemanager import ServiceManager, passed_socket
-from tests.e2e.harness import BUSYBOX, Done, Place, spec, wait_for
+from tests.e2e.harness import Done, spec, wait_for
 from tests.integration.managed import Receiver, Server, ask
-from tests.lab import accounts, engine, images
+from tests.lab import accounts
 from tests.lab.accounts import Account
-from tests.lab.engine import Engine
-
-
-@pytest.fixture(scope="module")
-def lab() -> Engine:
-    found = engine.ensure()
-    images.ensure(found, BUSYBOX)
-    return found
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    found = Place()
-    yield found.path
-    found.remove()
-
-
-@pytest.fixture
-def server(place: Path, lab: Engine) -> Iterator[Server]:
-    found = Server(place, {"DOCKER_HOST": lab.host})
-    yield found
-    found.clean(lab)
 
 
 @pytest.fixture

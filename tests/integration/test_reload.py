@@ -4,46 +4,23 @@ from __future__ import annotations
 
 import signal
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import BUSYBOX, GPUJOBS, Done, Place, run, spec, wait_for
+from tests.e2e.harness import GPUJOBS, Done, run, spec, wait_for
 from tests.integration.managed import Server, ask
-from tests.lab import accounts, engine, images
 from tests.lab.accounts import Account
 from tests.lab.engine import Engine
 
 
-@pytest.fixture(scope="module")
-def lab() -> Engine:
-    found = engine.ensure()
-    images.ensure(found, BUSYBOX)
-    return found
-
-
-@pytest.fixture(scope="module")
-def people() -> tuple[Account, ...]:
-    return accounts.ensure()
-
-
 @pytest.fixture
-def place() -> Iterator[Path]:
-    found = Place()
-    yield found.path
-    found.remove()
-
-
-@pytest.fixture
-def server(place: Path, lab: Engine) -> Iterator[Server]:
-    found = Server(place, {"DOCKER_HOST": lab.host})
-    found.config.write_text("keep_ended: 1h\nenvironment: {WHEN: at the start}\n")
-    found.spawn()
-    found.listens()
-    yield found
-    found.clean(lab)
+def server(server: Server) -> Server:
+    """It runs, with settings to change."""
+    server.config.write_text("keep_ended: 1h\nenvironment: {WHEN: at the start}\n")
+    server.spawn()
+    server.listens()
+    return server
 
 
 def reload(server: Server, text: str, said: str) -> None:

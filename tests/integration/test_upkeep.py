@@ -11,7 +11,6 @@ import sqlite3
 import stat
 import subprocess
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -21,39 +20,11 @@ from gpujobs.adapters import ledgercheck
 from gpujobs.adapters.store import Store
 from gpujobs.core.errors import Refused, Unavailable
 from gpujobs.service import upkeep
-from tests.e2e.harness import BUSYBOX, GPUJOBS, ROOT, Done, Place, run, spec, wait_for
+from tests.e2e.harness import GPUJOBS, ROOT, Done, run, spec, wait_for
 from tests.integration.managed import Server, ask
-from tests.lab import accounts, engine, images
 from tests.lab.accounts import Account
-from tests.lab.engine import Engine
 
 OLD = ROOT / "tests/compat/0002.sqlite"
-
-
-@pytest.fixture(scope="module")
-def lab() -> Engine:
-    found = engine.ensure()
-    images.ensure(found, BUSYBOX)
-    return found
-
-
-@pytest.fixture(scope="module")
-def people() -> tuple[Account, ...]:
-    return accounts.ensure()
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    found = Place()
-    yield found.path
-    found.remove()
-
-
-@pytest.fixture
-def server(place: Path, lab: Engine) -> Iterator[Server]:
-    found = Server(place, {"DOCKER_HOST": lab.host})
-    yield found
-    found.clean(lab)
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ CASES = [
     (replace(WELL, nodes=NODES[1:]), "devices", "error", "/dev/nvidia0 is missing", "nvidia-modprobe"),
     (replace(WELL, nodes=NODES[:3]), "devices", "warning", "/dev/nvidia-uvm is missing", "nvidia-modprobe -u"),
     (replace(WELL, nodes=tuple(replace(node, mode=0o666) for node in NODES)), "devices", "warning", "mode 0666",
-     "NVreg_DeviceFileMode=0660"),
+     "gpujobs-shells.conf"),
     (replace(WELL, access=replace(ALICE, groups=("alice", "gpujobs"))), "devices", "error", "alice may not open",
      "usermod -aG gpu alice"),
     (replace(WELL, engine=replace(ENGINE, driver="systemd")), "cgroup", "warning", "daemon-reload",

@@ -69,6 +69,7 @@ GATED = {
     ("network_mode", "host"): job(network_mode="host"),
     ("runtime", "runsc"): job(runtime="runsc"),
     ("ports", "any"): job(ports=(Port(target=80, host_ip="0.0.0.0"),)),
+    ("ports", "low"): job(ports=(Port(target=8888, published=1023),)),
     **{("cap_add", name): job(cap_add=(name,)) for name in FEATURES["cap_add"]},
     **{("driver_capabilities", name): job(driver_capabilities=("compute", name)) for name in
        FEATURES["driver_capabilities"]},
@@ -96,7 +97,7 @@ def test_a_feature_is_off_until_the_settings_allow_it_to_the_owner_or_a_group(fe
 @pytest.mark.parametrize(
     "spec",
     [job(), job(ipc="none"), job(network_mode="none"), job(driver_capabilities=("utility",)),
-     job(ports=(Port(target=80), Port(target=81, host_ip="::1"), Port(target=82, host_ip="127.0.0.2")))],
+     job(ports=(Port(target=80), Port(target=81, host_ip="::1"), Port(target=82, published=1024)))],
 )  # fmt: skip
 def test_what_takes_nothing_away_needs_nobody(spec: JobSpec) -> None:
     assert asked(spec) == []
