@@ -36,11 +36,11 @@ def environment(found: engine.Engine) -> dict[str, str]:
     return variables
 
 
-def up() -> int:
-    """Set everything up; what is there already is left as it is."""
+def up(*, tests: bool = False) -> int:
+    """Set everything up, with ``tests`` also what only they need; what is there already is left as it is."""
     began = time.monotonic()
     with step("Debian packages") as tell:
-        installed = engine.install_packages()
+        installed = engine.install_packages(engine.PACKAGES | (engine.TEST_PACKAGES if tests else {}))
         tell(f"installed {' '.join(installed)}" if installed else "all there")
     with step("device nodes /dev/nvidia*"):
         engine.make_device_nodes()
@@ -80,7 +80,7 @@ def down(*, purge: bool) -> int:
 
 def status() -> int:
     """Print what is there; 0 when the lab is ready, else 1."""
-    missing = engine.missing_packages()
+    missing = engine.missing_packages(engine.PACKAGES | engine.TEST_PACKAGES)
     found = engine.find()
     built = (LIBRARY_DIR / "libnvidia-ml.so.1").exists()
     lines = [("packages", f"missing: {' '.join(missing)}" if missing else "all there"),
@@ -120,7 +120,9 @@ def main() -> int:
             return 0
         if options.command == "down":
             return down(purge=options.purge)
-        return {"up": up, "status": status, "env": env}[options.command]()
+        if options.command == "up":
+            return up(tests=True)
+        return {"status": status, "env": env}[options.command]()
     except engine.LabError as error:
         print(f"\nlab: {error}", file=sys.stderr)
         return 1

@@ -43,16 +43,23 @@ PACKAGES = {
     "docker.io": ("dockerd", "docker", "runc"),
     "iptables": ("iptables",),
     "iproute2": ("ip",),
-    "runsc": ("runsc",),
-    "procps": ("ps", "pgrep", "kill"),
     "busybox-static": ("/bin/busybox",),
     "debootstrap": ("debootstrap",),
-    "systemd": ("systemd-analyze",),  # it judges the unit files that setup installs
     "gcc": ("gcc",),
     "libc6-dev": ("/usr/include/stdio.h",),
     "python3-venv": ("/usr/lib/python3.11/ensurepip/__init__.py",),
     "ca-certificates": ("/etc/ssl/certs/ca-certificates.crt",),
 }
+
+TEST_PACKAGES = {
+    "procps": ("ps", "pgrep", "kill"),
+    "systemd": ("systemd-analyze",),  # it judges the unit files that setup installs
+    "runsc": ("runsc",),
+    "zsh": ("zsh",),
+    "fish": ("fish",),
+}
+"""What only the tests need besides."""
+
 
 
 class LabError(RuntimeError):
@@ -75,13 +82,13 @@ def run(*argv: str, timeout: float = 120.0, env: dict[str, str] | None = None) -
 
 # --- the machine --------------------------------------------------------------------------------------------
 
-def missing_packages() -> list[str]:
-    """Return the Debian packages that the lab needs and this machine has not."""
+def missing_packages(wanted: Mapping[str, Sequence[str]] = PACKAGES) -> list[str]:
+    """Return the Debian packages of these that this machine has not."""
     def present(what: str) -> bool:
         return Path(what).exists() if what.startswith("/") else shutil.which(what) is not None
 
-    missing = [name for name, signs in PACKAGES.items() if not all(map(present, signs))]
-    if "busybox-static" not in missing and _is_dynamic(Path("/bin/busybox")):
+    missing = [name for name, signs in wanted.items() if not all(map(present, signs))]
+    if "busybox-static" in wanted and "busybox-static" not in missing and _is_dynamic(Path("/bin/busybox")):
         missing.append("busybox-static")
     return missing
 
@@ -91,12 +98,12 @@ def _is_dynamic(path: Path) -> bool:
     return b"/ld-linux" in path.read_bytes()
 
 
-def install_packages() -> list[str]:
-    """Install what is missing, asking nothing; return the names of what was installed.
+def install_packages(wanted: Mapping[str, Sequence[str]] = PACKAGES) -> list[str]:
+    """Install what of these is missing, asking nothing; return the names of what was installed.
 
     Services are not started by the installation: the lab runs a dockerd of its own.
     """
-    missing = missing_packages()
+    missing = missing_packages(wanted)
     if not missing:
         return []
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "APT_LISTCHANGES_FRONTEND": "none"}

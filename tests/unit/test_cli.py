@@ -4,7 +4,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -564,35 +563,6 @@ def test_completion_prints_a_script_for_each_shell(gpujobs, shell):
     code, out, _ = gpujobs("completion", shell)
     assert code == 0
     assert b"_GPUJOBS_COMPLETE" in out
-
-
-ZSH = """
-zmodload zsh/zpty
-zpty z "zsh -f -i"
-zpty -w z "PS1=; fpath=($1 \\$fpath); autoload -U compinit; compinit -u -D; echo re''ady"
-zpty -r -m z line '*ready*'
-zpty -wn z $'gpujobs completi\\t'
-zpty -r -m z line '*gpujobs completi*on*'
-"""
-
-
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
-def test_zsh_completes_at_the_first_tab_from_a_directory_of_functions(gpujobs, tmp_path):
-    (tmp_path / "_gpujobs").write_bytes(gpujobs("completion", "zsh")[1])
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(["zsh", "-f", "-c", ZSH, "zsh", str(tmp_path)], env=dict(os.environ) | {"PATH": path},
-                          capture_output=True, timeout=60, check=False)  # fmt: skip
-    assert done.returncode == 0, done
-
-
-@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
-def test_fish_completes_commands_and_leaves_files_to_itself(gpujobs, tmp_path):
-    (tmp_path / "c.fish").write_bytes(gpujobs("completion", "fish")[1])
-    ask = f'source {tmp_path}/c.fish; complete -C "gpujobs completi"; complete -C "gpujobs check README"'
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(["fish", "-N", "-c", ask], env=dict(os.environ) | {"PATH": path, "HOME": str(tmp_path)},
-                          cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
-    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["completion", "README.md"], done
 
 
 def completed(words: str, environ: dict[str, str]) -> list[str]:
