@@ -20,7 +20,7 @@ NODES_MAX = 50_000
 """Values in a file once aliases are expanded; each costs about half a kilobyte while it is read."""
 DEPTH_MAX = 24
 """Of lists and mappings within each other; a job file needs five."""
-EMPTY = "the file is empty; write at least name: and image: or build:"
+EMPTY = "the file is empty; write at least image: or build:"
 SECOND = "a second document begins; write one job a file, or a matrix"
 
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

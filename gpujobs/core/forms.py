@@ -57,6 +57,12 @@ def job_name(value: object) -> str:
     return name
 
 
+def name_of_file(path: str) -> str:
+    """The nearest name to a file's: ``train`` for ``sweeps/train.yaml``; ``job`` where nothing of it can be one."""
+    stem = path.rsplit("/", 1)[-1].partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_=+-]", "-", stem).lstrip("_=+-")[:128] or "job"
+
+
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _PART = re.compile(r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}(?::[0-9]{1,5})?|\[[0-9a-fA-F:]{2,45}\](?::[0-9]{1,5})?")

@@ -342,7 +342,9 @@ class JobSpec:
 
     __pydantic_config__: ClassVar[dict[str, object]] = STRICT
 
-    name: Annotated[str, Form(forms.job_name, forms.NAME_SCHEMA, "The job's name, such as train-resnet50.")]
+    name: Annotated[
+        str, Form(forms.job_name, forms.NAME_SCHEMA, "The job's name, such as train-resnet50; the file's by default.")
+    ] = ""
     image: Annotated[str | None, Form(forms.image, forms.IMAGE_SCHEMA, "The image to run; or write build.")] = None
     build: Annotated[
         Build | None,
@@ -543,9 +545,14 @@ class JobFile(JobSpec):
     nodes: Annotated[int | None, _whole("a number of nodes", 1, 1024)] = None
     wait_for_max: Annotated[float | None, _span_form()] = None
 
-    def spec(self) -> JobSpec:
-        """The job: values from env_file joined to environment, which wins over them."""
+    def spec(self, file: str) -> JobSpec:
+        """The job: values from env_file joined to environment, which wins over them.
+
+        Args:
+            file: The file's name, after which a job without a name of its own is called.
+        """
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(JobSpec)}
+        values["name"] = self.name or forms.name_of_file(file)
         values["environment"] = tuple({**dict(self.env_file), **dict(self.environment)}.items())
         return JobSpec(**values)
 

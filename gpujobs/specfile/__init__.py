@@ -275,7 +275,7 @@ class _Reading:
                 continue
             result.append(
                 Element(
-                    done.spec(),
+                    done.spec(self._context.file),
                     index if has_matrix else None,
                     tuple((name, str(item)) for name, item in element.items()),
                 )

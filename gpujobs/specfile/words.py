@@ -49,7 +49,6 @@ def no_such_key(key: str) -> str:
 
 
 MISSING = {
-    "name": "write one, such as `name: train-resnet50`",
     "context": "write the directory to build from, such as `context: .`",
     "test": "write the command, such as `test: curl -f localhost:8080`",
 }

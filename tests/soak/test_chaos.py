@@ -34,6 +34,9 @@ from tests.lab.engine import Daemon, Engine
 
 SEED = int(os.environ.get("GPUJOBS_SEED", "20261124"))
 SECONDS = 600.0 if os.environ.get("GPUJOBS_SOAK") else 60.0
+PAUSE = (0.2, 1.5) if os.environ.get("GPUJOBS_SOAK") else (2.0, 6.0)
+"""Seconds between two things that one person does; the short form is to make few containers."""
+
 DRAIN_SECONDS = 180.0
 WAITING = 3
 """Jobs of one person that have not begun, at most: the machine is to be busy, not the queue long."""
@@ -73,7 +76,7 @@ class Person:
         """Submit, and now and then cancel, until the time is over; whatever fails because nobody answers is fine."""
         chance = random.Random(seed)
         while time.monotonic() < until:
-            time.sleep(chance.uniform(0.2, 1.5))
+            time.sleep(chance.uniform(*PAUSE))
             waiting = set(self.accepted) - set(self.lines("begin")) - self.cancelled
             if len(waiting) >= WAITING:
                 continue

@@ -142,8 +142,8 @@ def test_mistakes_in_env_files_name_their_line(text: str, message: str) -> None:
 
 def test_the_environment_wins_over_env_files() -> None:
     file = JobFile(name="t", image="a", env_file=(("A", "1"), ("B", "2")), environment=(("B", "3"), ("C", "4")))
-    assert file.spec().environment == (("A", "1"), ("B", "3"), ("C", "4"))
-    assert type(file.spec()) is JobSpec
+    assert file.spec("job.yaml").environment == (("A", "1"), ("B", "3"), ("C", "4"))
+    assert type(file.spec("job.yaml")) is JobSpec
 
 
 def test_a_value_that_the_kernel_would_refuse_is_refused_before() -> None:

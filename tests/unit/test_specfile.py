@@ -125,8 +125,8 @@ def test_a_byte_order_mark_is_passed_over() -> None:
     (b"name: \x1b[31m\n", r"1:7: control character \x1b in the file; remove it (in double quotes \x1b)"),
     ("name: \x9b31m\n", "1:7: character U+009B in the file; remove it"),
     ("name: \ud800\n", "1:7: character U+D800 in the file; remove it"),
-    (b"", "1:1: the file is empty; write at least name: and image: or build:"),
-    (b"\n\n  \n", "1:1: the file is empty; write at least name: and image: or build:"),
+    (b"", "1:1: the file is empty; write at least image: or build:"),
+    (b"\n\n  \n", "1:1: the file is empty; write at least image: or build:"),
     (b"#" * 10_000_000, "1:1: the file has 10,000,000 bytes; at most 1,048,576 (1 MiB) are allowed"),
     ("ä" * 600_000, "1:1: the file has 1,200,000 bytes; at most 1,048,576 (1 MiB) are allowed"),
     ("a: " + "[" * 30, "1:27: lists and mappings are nested more than 24 deep"),
@@ -408,3 +408,12 @@ def test_any_value_of_any_key_is_answered(data: st.DataObject) -> None:
     keys = data.draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=5))
     body = {"name": "t", "image": "a", **{key: data.draw(VALUES) for key in keys}}
     answered(json.dumps(body))
+
+
+@pytest.mark.parametrize(("file", "name"), [
+    ("job.yaml", "job"), ("sweeps/train.v2.yaml", "train"), ("-", "job"), ("/x/_fine tune.yml", "fine-tune"),
+    ("Grüße.yaml", "Gr--e"), (".yaml", "job"), ("a" * 200, "a" * 128),
+])  # fmt: skip
+def test_a_job_without_a_name_is_called_like_its_file(file: str, name: str) -> None:
+    (element,) = specfile.parse("image: a\n", replace(CONTEXT, file=file))
+    assert element.spec.name == name
