@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test check unit bench soak clean
+.PHONY: help install demo test lint check unit bench soak clean
 
 help:
 	@echo "make demo     set up all, run a training job on 2 of 8 GPUs (stand-ins where there are none)"
@@ -39,10 +39,12 @@ test: install
 unit: install
 	$(PYTEST) --numprocesses=auto tests/unit tests/arch
 
-check: install
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint
 	$(PYTEST) -q --numprocesses=auto tests/unit tests/arch
 
 bench: install
