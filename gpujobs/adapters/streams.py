@@ -62,6 +62,7 @@ _OVERLAP_MESSAGES = 4096
 _TURNS_AFTER_END = 10
 """An ended container's log does not grow: two turns show that all is stored. More of them would write for ever."""
 _ALL_MESSAGES = 8_000_000
+_REMEMBERED = 512  # events: twice as many as the Engine keeps for those who connect
 
 
 async def engine_events(
@@ -82,7 +83,7 @@ async def engine_events(
     """
     address = parse_host(host)
     last_ns = int(since * 1e9)
-    seen: set[tuple[int, str, str]] = set()
+    seen: dict[tuple[int, str, str], None] = {}  # the latest ones, in the order in which they came
     connected, backoff = True, Backoff()
     while True:
         answer = Answer(address)
@@ -97,11 +98,14 @@ async def engine_events(
             while data := await answer.receive():
                 *lines, rest = (rest + data).split(b"\n")
                 for event in map(_event, lines):
-                    # What came at the very last time seen comes again after each connect.
+                    # What came last comes again after each connect. It is not told by its time: the machine's clock
+                    # may have been set back since.
                     key = (event.time_ns, event.id, event.action) if event else (0, "", "")
-                    if event is None or event.time_ns < last_ns or key in seen:
+                    if event is None or key in seen:
                         continue
-                    seen = {known for known in seen if known[0] == event.time_ns} | {key}
+                    seen[key] = None
+                    if len(seen) > _REMEMBERED:
+                        del seen[next(iter(seen))]
                     last_ns = event.time_ns
                     yield event
             reason = "the Engine ended the connection"

@@ -13,7 +13,6 @@ import secrets
 import signal
 import socket
 import sys
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
@@ -26,6 +25,7 @@ from gpujobs import init, places
 from gpujobs import settings as configuration
 from gpujobs.adapters import enginelock
 from gpujobs.adapters.accounts import SystemAccounts
+from gpujobs.adapters.clock import SteadyClock
 from gpujobs.adapters.engine import default_host
 from gpujobs.adapters.images import Images
 from gpujobs.adapters.logstore import LogStore
@@ -48,14 +48,6 @@ from gpujobs.simulated import SimulatedGpus
 from gpujobs.simulated import load as load_machine
 
 logger = logging.getLogger("gpujobs")
-
-
-class SystemClock:
-    """The machine's clock."""
-
-    def now(self) -> float:
-        """Seconds since the epoch."""
-        return time.time()
 
 
 class HttpServer(uvicorn.Server):
@@ -116,7 +108,7 @@ async def _serve(config: Path | None, simulate: Path | None) -> int:
         service = Service(
             server_id=await store.change(_server_id), settings=settings, paths=paths, store=store, engine=engine,
             images=Images(engine), logs=LogStore(paths.logs, settings.log_head, settings.log_tail), gpus=gpus,
-            mounts=mounts, clock=SystemClock(),
+            mounts=mounts, clock=SteadyClock(),
             directory=Directory(None if os.geteuid() == 0 else os.geteuid(), SystemAccounts()),
             host=Host(cpus=float(info.cpus), memory=info.memory), timezone=_timezone(os.environ),
             still_alone=still_alone,

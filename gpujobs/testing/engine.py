@@ -463,7 +463,10 @@ class FakeRunner(IdleMachine):
     async def events(self, since: float) -> AsyncIterator[EngineEvent | Disconnected | Reconnected]:
         """What happens from a time on."""
         engine = self.engine
-        position, outages = 0, engine.outages
+        outages = engine.outages
+        # As with the real one, the time chooses among those that were before, and what comes is told in any case.
+        old = [event.time_ns >= int(since * 1e9) for event in engine.events]
+        position = old.index(True) if True in old else len(old)
         while True:
             await self._alive()
             if engine.away or outages != engine.outages:
@@ -479,10 +482,9 @@ class FakeRunner(IdleMachine):
             while position < len(engine.events) and not engine.away and outages == engine.outages:
                 event = engine.events[position]
                 position += 1
-                if event.time_ns >= int(since * 1e9):
-                    await asyncio.sleep(engine.latency())
-                    await self._alive()
-                    yield event
+                await asyncio.sleep(engine.latency())
+                await self._alive()
+                yield event
             if changed is engine.changed:
                 await changed.wait()
 

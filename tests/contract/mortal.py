@@ -39,6 +39,7 @@ class WatchedStore(Store):
         self._lag = lag
         self._virtual = virtual
         self._dead = False
+        self._told = 0.0
         self.full = False
 
     async def change(self, action: Callable[[Ledger], T]) -> T:
@@ -50,15 +51,18 @@ class WatchedStore(Store):
         answer, told = asyncio.wrap_future(future), Future[None]()
         future.add_done_callback(lambda _: told.set_result(None))  # after the one that wakes the loop
         self._virtual.await_thread(lambda: self._inbox.put((action, future)), told)
-        return await self._late(await answer)
+        made = await answer
+        # The writer's answers come late too, but in the order of what it has written.
+        now = self._virtual.time()
+        self._told = max(now + self._lag(), self._told + 1e-6)
+        await asyncio.sleep(self._told - now)
+        return made
 
     async def read(self, query: Callable[[Ledger], T]) -> T:
         await self._alive()
-        return await self._late(await super().read(query))
-
-    async def _late(self, answer: T) -> T:
+        found = await super().read(query)
         await asyncio.sleep(self._lag())
-        return answer
+        return found
 
     async def _alive(self) -> None:
         if self._dead:
