@@ -214,7 +214,7 @@ class Server:
 
     def get(self, path: str) -> Any:
         """GET of the HTTP API, as root."""
-        with _connected(self.socket) as connection:
+        with connected(self.socket) as connection:
             connection.request("GET", f"/v1{path}")
             answer = connection.getresponse()
             body = json.loads(answer.read())
@@ -270,7 +270,7 @@ def remove_leftovers(state: Path, engine: Engine) -> None:
 
 
 @contextmanager
-def _connected(path: Path) -> Iterator[http.client.HTTPConnection]:
+def connected(path: Path) -> Iterator[http.client.HTTPConnection]:
     connection = http.client.HTTPConnection("localhost", timeout=30)
     connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -278,7 +278,7 @@ def _connected(path: Path) -> Iterator[http.client.HTTPConnection]:
         connection.sock.connect(str(path))
         yield connection
     finally:
-        connection.sock.close()
+        connection.close()
 
 
 def spec(**keys: Any) -> bytes:
