@@ -13,6 +13,7 @@ help:
 	@echo "make test     set up all, run the whole suite"
 	@echo "make install  make $(BIN)/gpujobs"
 	@echo "make check    lint, types, import rules, unit tests (under a minute)"
+	@echo "make lint     of that, all but the tests"
 	@echo "make bench    the benchmarks"
 	@echo "make soak     the long forms of the random runs"
 

@@ -75,4 +75,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except engine.LabError as error:
+        sys.exit(f"\nlab: {error}")
