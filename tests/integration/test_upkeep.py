@@ -24,7 +24,7 @@ from tests.e2e.harness import GPUJOBS, ROOT, Done, run, spec, wait_for
 from tests.integration.managed import Server, ask
 from tests.lab.accounts import Account
 
-OLD = ROOT / "tests/compat/0002.sqlite"
+LEDGER = max((ROOT / "tests/compat").glob("*.sqlite"))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def state(place: Path) -> Path:
     """A state directory that no server uses, with eleven jobs."""
     found = place / "state"
     found.mkdir(mode=0o700)
-    shutil.copyfile(OLD, found / "state.sqlite")
+    shutil.copyfile(LEDGER, found / "state.sqlite")
     return found
 
 
@@ -164,13 +164,13 @@ def test_a_backup_is_one_file_of_roots_that_holds_every_job(state: Path, place: 
     assert done.code == 0, done
     assert done.out.decode().splitlines() == [
         f"{target}: a copy of {state}/state.sqlite, whole",
-        "schema 2, the newest that this gpujobs knows",
+        f"schema {int(LEDGER.stem)}, the newest that this gpujobs knows",
         "11 jobs, 7 of them not ended",
     ]
     assert sorted(path.name for path in place.iterdir()) == ["copy.sqlite", "state"]
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
     dumps = []
-    for path in (OLD, target):
+    for path in (LEDGER, target):
         with closing(sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)) as connection:
             dumps.append(list(connection.iterdump()))
     assert dumps[0] == dumps[1]

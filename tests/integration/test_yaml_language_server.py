@@ -269,5 +269,5 @@ def test_keys_and_values_are_completed(editor: Editor) -> None:
 
 def test_a_key_is_explained_where_the_pointer_is(editor: Editor) -> None:
     uri = editor.open("hover.yaml", GOOD)
-    assert "The job's name, such as train-resnet50." in editor.at("textDocument/hover", uri, 2, 2)["contents"]["value"]
+    assert "The job's name, such as train-resnet50" in editor.at("textDocument/hover", uri, 2, 2)["contents"]["value"]
     assert "such as 12h" in editor.at("textDocument/hover", uri, 12, 3)["contents"]["value"]
