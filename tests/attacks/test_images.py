@@ -309,7 +309,7 @@ def test_a_volume_of_an_image_goes_with_its_container(
 def bobs_image(lab: Engine, evil: Callable[..., str], bob: Account, ground: Place) -> Iterator[dict[str, str]]:
     """An image that bob built, labelled and without a name as builds are, by each word that the Engine takes for it."""
     base = evil("letter", Evil(files={"secret": "bob's letter\n"}))
-    (context := ground.path / "bobs").mkdir()
+    (context := ground.path / "bobs-context").mkdir()
     (context / "Dockerfile").write_text(f"FROM {base}\nLABEL gpujobs.owner={bob.uid}\n")
     full = lab.docker("build", "--quiet", "--rm", str(context)).strip()
     digits = full.removeprefix("sha256:")
@@ -361,7 +361,7 @@ def built_by_docker(
     context.mkdir()
     for way, text in files.items():
         (context / "Dockerfile").write_text(text)
-        lab.docker("image", "rm", lab.docker("build", "--quiet", "--rm", str(context)).strip())
+        lab.docker("image", "rm", "--no-prune", lab.docker("build", "--quiet", "--rm", str(context)).strip())
         built.append(way)
     return files, built
 

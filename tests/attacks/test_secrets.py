@@ -60,7 +60,7 @@ def test_a_secret_is_not_in_the_engines_configuration_where_a_variable_is(lab: E
 
 
 def test_a_secret_is_not_in_an_image_that_is_committed_where_a_file_in_the_layer_is(
-    lab: Engine, waiting: Row
+    lab: Engine, waiting: Row, committed_by_a_test: set[str]
 ) -> None:
     found = lab.docker("create", BUSYBOX, "sh", "-c", f"mkdir -p /run/secrets; echo {VALUE[:8]}$0 > /run/secrets/key",
                        VALUE[8:]).strip()  # fmt: skip
@@ -77,6 +77,7 @@ def test_a_secret_is_not_in_an_image_that_is_committed_where_a_file_in_the_layer
     assert committed(found)
     lab.docker("rm", found)
     first_process(lab, waiting)
+    committed_by_a_test.add(waiting["container"]["name"])
     assert not committed(waiting["container"]["id"])
 
 

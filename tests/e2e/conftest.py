@@ -127,9 +127,12 @@ def serving(
     """A server of root on a machine of eight A100; it ends in order and has told of no mistake of its own."""
     nvml.dgx_a100().fit_host().write(nvml_state)
     found = Server(directory, environment, runner).start()
-    yield found
-    assert found.stop() == 0
-    found.clean(lab)
+    try:
+        yield found
+    finally:
+        code = found.stop()
+        found.clean(lab)
+    assert code == 0
     assert "Traceback" not in found.said, found.said[-5000:]
 
 
