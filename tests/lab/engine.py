@@ -462,11 +462,20 @@ class Daemon:
                 if _start_time(pid) == int(saved["init_process_start"]):
                     left.append(pid)
         for process in Path("/proc").glob("[0-9]*"):
+            if not _is_of_this_machine(process):
+                continue
             words = _cmdline(int(process.name)).split(b"\0")
             mine = (self._namespace.encode(), str(self.run_dir / "exec/containerd/containerd.toml").encode())
             if words[0].rpartition(b"/")[2].startswith(b"containerd") and any(word in mine for word in words):
                 left.append(int(process.name))
         return left
+
+
+def _is_of_this_machine(process: Path) -> bool:
+    """Whether a process is in this one's PID namespace: in another, a lab of the same paths may have begun it."""
+    with suppress(OSError):
+        return (process / "ns/pid").readlink() == Path("/proc/self/ns/pid").readlink()
+    return False
 
 
 def _cmdline(pid: int) -> bytes:
