@@ -441,7 +441,8 @@ class World:
                 hook, self.engine.on_start = self.engine.on_start, lambda _: None
                 self.engine.start(container)
                 self.engine.on_start = hook
-                self.strangers.append(Stranger(container, self.loop.time()))
+                self.strangers = [known for known in self.strangers if known.container is not container]
+                self.strangers.append(Stranger(container, self.loop.time()))  # perhaps not for the first time
 
     def make_stranger(self, pick: int, forged: str, *, start: bool) -> None:
         if self.engine.away:
