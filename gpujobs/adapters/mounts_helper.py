@@ -21,6 +21,7 @@ unseal mkdir rmdir read teardown``.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -206,7 +207,8 @@ def answer(out: socket.socket, action: Callable[[], Outcome], path: str, user: s
     except (MountError, OSError) as error:
         fault = error if isinstance(error, MountError) else in_words(error, path, user, what)
         message = {"error": fault.kind, "message": fault.message}
-    socket.send_fds(out, [json.dumps(message).encode()], fds)
+    with contextlib.suppress(BrokenPipeError):  # the helper has ended: nobody waits for it
+        socket.send_fds(out, [json.dumps(message).encode()], fds)
 
 
 def perform(request: dict[str, Any], pins: str, forbidden: list[str], out: int) -> Outcome:
@@ -445,12 +447,20 @@ class Helper:
                 path = worker.request.get("path") or worker.name
                 message = f"{path} timed out after {self.time_limit:g} s: is its file server there?"
                 self.send(worker.request["id"], {"error": "held", "message": message})
-                os.killpg(worker.pid, signal.SIGKILL)
+                kill(worker)
 
     def stop(self) -> None:
         """Kill all workers; pins stay, for running containers use them."""
         for worker in self.workers.values():
-            os.killpg(worker.pid, signal.SIGKILL)
+            kill(worker)
+
+
+def kill(worker: Worker) -> None:
+    """End a worker and what it started; one that was forked just now has no group of its own yet."""
+    try:
+        os.killpg(worker.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(worker.pid, signal.SIGKILL)
 
 
 def main(argv: list[str]) -> int:

@@ -54,6 +54,9 @@ logger = logging.getLogger("gpujobs")
 
 T = TypeVar("T")
 
+NOTICE_SECONDS = 2.0
+"""In which the Engine tells that a container has ended."""
+
 HOLD_SECONDS = 30.0
 """How long to wait before asking a file server again that did not answer."""
 
@@ -624,9 +627,8 @@ class Attempt:
         try:
             got = await service.engine.granted(self.container, pid, numbers.values())
         except Unavailable:
-            if (await service.engine.inspect(self.container))["State"]["Running"]:
+            if not await self._has_ended():
                 raise
-            self.gone.set()  # its init refused, or it was killed: the end tells
             return
         if got == wanted:
             return
@@ -646,12 +648,22 @@ class Attempt:
                 self._service.note(self.job_id, f"waiting for its volumes: {error}")
                 await self._pause(HOLD_SECONDS)
             except GpujobsError as error:
-                if not (await self._service.engine.inspect(self.container or ""))["State"]["Running"]:
-                    self.gone.set()  # its init refused, or it was killed: the end tells
+                if await self._has_ended():
                     return
                 raise Failed("isolation", f"its program never ran: {error}") from error
             else:
                 return
+
+    async def _has_ended(self) -> bool:
+        """Whether its init refused, or it was killed: the end tells. The Engine knows it a moment after the kernel."""
+        if not (await self._service.engine.inspect(self.container or ""))["State"]["Running"]:
+            self.gone.set()
+        try:
+            async with asyncio.timeout(NOTICE_SECONDS):
+                await self.gone.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _numbers(self) -> dict[str, int]:
         """The device numbers of all GPUs, its own among them, as soon as the driver tells of them."""
