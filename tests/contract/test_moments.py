@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 
+from gpujobs.core.errors import Refused
+from gpujobs.core.ports import Pin
 from tests.contract.promises import Promises
 from tests.contract.world import HOST, World
 
@@ -99,3 +101,23 @@ def test_a_job_that_waits_while_the_driver_is_away_at_a_restart_gets_its_own_sha
     assert [row[2] for row in world.jobs()] == ["succeeded", "running"]
     (allocation,) = world.ledger.execute("SELECT allocation FROM attempts WHERE number = 2").fetchone()
     assert json.loads(allocation)["memory"] == int(HOST.memory * 0.9 * 2 / 8)
+
+
+@pytest.mark.parametrize(("after", "told"), [(0.5, ("isolation", 125)), (None, ("isolation", None))])
+def test_where_a_containers_processes_are_gone_the_engine_is_waited_for_a_moment(
+    world: World, after: float | None, told: tuple[str, int | None]
+) -> None:
+    """An init that refuses has ended before the Engine says so: how it ended is told, not what was not found."""
+    assert world.service is not None
+
+    async def gone(_: int, __: Mapping[str, Pin]) -> None:
+        if after is not None:
+            (container,) = (c for c in world.engine.containers.values() if c.made_by == "server")
+            world.loop.call_later(after, world.engine.end, container, 125)
+        raise Refused("no such process")
+
+    world.service.mounts.unseal = gone  # type: ignore[method-assign]
+    submit(world, gpus=1)
+    world.run_for(10.0)
+    row = world.ledger.execute("SELECT state, reason, exit_code FROM jobs").fetchone()
+    assert (row[0], row[1:]) == ("failed", told)
